@@ -1,0 +1,279 @@
+"""One micro-batch: the user's rows become one stream of documents, of which this rank keeps its tokens.
+
+    rows [B, S] (padding anywhere, documents inside) -> kept tokens, row after row (the stream)
+        -> padded at the stream's end -> chunks -> this rank's local tokens [1, T]
+
+Labels are shifted before the cut, as HF shifts them: inside a row, the target of column j is labels[j + 1].
+Documents never attend each other. All planning is in host integers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ds_cp import layout as layouts
+from ds_cp import tiles
+from ds_cp.layout import Layout
+from ds_cp.mesh import Mesh
+
+if TYPE_CHECKING:
+    from ds_cp.kernels.attention import Kernel
+
+IGNORE = -100
+
+TOKEN_KEYS = ("input_ids", "inputs_embeds", "labels", "shift_labels", "position_ids", "attention_mask", "loss_weights")
+"""Keys that hold one value per token, [B, S, ...]; anything else of that size is refused rather than guessed at."""
+
+DOCUMENT_KEYS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_lens", "seq_idx")
+"""Keys that describe documents; read here and not passed on, because they speak of the whole row."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How the stream stands in the user's rows. `kept` are flat indices into [B * S], None where nothing is dropped."""
+
+    shape: tuple[int, int]
+    kept: Tensor | None
+    tokens: int
+
+
+@dataclass(frozen=True)
+class SequenceContext:
+    """What a layer needs to know about the micro-batch; travels to every attention call as a keyword."""
+
+    mesh: Mesh
+    kernel: Kernel
+    layout: Layout
+    tiles: tuple[tuple[tiles.Tile, ...], ...]
+    documents: tuple[int, ...]
+    rows: Rows
+    targets: Tensor | None
+    """Number (or weight) of the targets of the whole micro-batch, 0-d fp32; None without labels."""
+    weights: Tensor | None
+    """Local loss weights [1, T], shifted; None for ones."""
+    census: Any
+    """What records the attention calls on the first step; None afterwards."""
+
+
+def prepare(
+    batch: Mapping[str, Any], mesh: Mesh, kernel: Kernel, layout: str, device: torch.device, census: Any = None
+) -> tuple[dict[str, Any], SequenceContext]:
+    """This rank's part of a batch of whole rows, and the context that goes with it.
+
+    Args:
+        batch: keyword arguments of a HF causal LM: `input_ids` or `inputs_embeds`, optionally `labels` or `shift_labels`,
+            2-D `attention_mask`, `position_ids` [B, S], `cu_seq_lens_q` or `seq_lens`, `loss_weights` [B, S]. The same on
+            every rank of the seq group.
+        layout: "zigzag" or "contiguous".
+
+    Returns:
+        Keyword arguments with local tensors on `device`, and the context.
+
+    Raises:
+        ValueError: a tensor has another length, a mask that is not 2-D, a key that is not known.
+    """
+    tokens = _tokens(batch)
+    _check_shapes(batch, tokens)
+    rows, documents = _stream(batch, tokens)
+    plan = layouts.build(layout, rows.tokens, mesh.ring.size, mesh.ulysses.size)
+    documents = _with_padding(documents, plan.length)
+    targets, weights = _targets(batch)
+    _check_padding_has_no_targets(targets, batch, rows)
+
+    def cut(x: Tensor, fill: float) -> Tensor:
+        return shard(x, rows, plan, mesh, fill).to(device, non_blocking=True)
+
+    out = {k: v for k, v in batch.items() if k not in TOKEN_KEYS and k not in DOCUMENT_KEYS}
+    for key in ("input_ids", "inputs_embeds"):
+        if batch.get(key) is not None:
+            out[key] = cut(batch[key], 0)
+    out["position_ids"] = cut(_positions(batch, rows, documents, tokens), 0)
+    if targets is not None:
+        out["labels"] = cut(targets, IGNORE)
+    context = SequenceContext(
+        mesh=mesh,
+        kernel=kernel,
+        layout=plan,
+        tiles=tiles.plan(plan, mesh.ring.rank, documents),
+        documents=documents,
+        rows=rows,
+        targets=None if targets is None else _count(targets, weights).to(device, non_blocking=True),
+        weights=None if weights is None else cut(weights, 0),
+        census=census,
+    )
+    return out, context
+
+
+def shard(x_BS: Tensor, rows: Rows, plan: Layout, mesh: Mesh, fill: float) -> Tensor:
+    """This rank's tokens of whole rows: [B, S, ...] to [1, T, ...]. `fill` stands in the padding at the stream's end."""
+    flat = x_BS.flatten(0, 1)
+    parts = []
+    for start, end in plan.local_ranges(mesh.ring.rank, mesh.ulysses.rank):
+        last = min(end, rows.tokens)
+        if start < last:
+            parts.append(flat[start:last] if rows.kept is None else flat[rows.kept[start:last].to(flat.device)])
+        if max(last, start) < end:
+            parts.append(flat.new_full((end - max(last, start), *flat.shape[1:]), fill))
+    return torch.cat(parts).unsqueeze(0)
+
+
+def unshard(gathered: Tensor, context: SequenceContext) -> Tensor:
+    """Whole rows in the user's order from the seq group's shards: [size, 1, T, ...] to [B, S, ...]; zeros at padding."""
+    flat = gathered.flatten(0, 2)
+    offset, pieces = 0, []
+    for start, end in layouts.gathered_order(context.layout):
+        pieces.append((start, flat[offset : offset + end - start]))
+        offset += end - start
+    stream = torch.cat([piece for _, piece in sorted(pieces, key=lambda item: item[0])])[: context.rows.tokens]
+    batch, length = context.rows.shape
+    if context.rows.kept is None:
+        return stream.unflatten(0, (batch, length))
+    whole = stream.new_zeros((batch * length, *stream.shape[1:]))
+    return whole.index_copy(0, context.rows.kept.to(stream.device), stream).unflatten(0, (batch, length))
+
+
+def count_targets(batch: Mapping[str, Any]) -> Tensor:
+    """Number (or weight) of the targets of a batch of whole rows, 0-d fp32, on its labels' device.
+
+    The rule of the loss: what `num_items_in_batch` must be the sum of over the micro-batches of a step.
+    """
+    targets, weights = _targets(batch)
+    assert targets is not None
+    return _count(targets, weights)
+
+
+def _tokens(batch: Mapping[str, Any]) -> Tensor:
+    given = [batch[key] for key in ("input_ids", "inputs_embeds") if batch.get(key) is not None]
+    if len(given) != 1:
+        raise ValueError("batch: give exactly one of input_ids [B, S] and inputs_embeds [B, S, hidden]")
+    return given[0]
+
+
+def _check_shapes(batch: Mapping[str, Any], tokens: Tensor) -> None:
+    rows, length = tokens.shape[:2]
+    for key, value in batch.items():
+        if not isinstance(value, Tensor) or key in DOCUMENT_KEYS:
+            continue
+        if key not in TOKEN_KEYS:
+            if length > 1 and length in value.shape:
+                raise ValueError(
+                    f"batch: {key} {tuple(value.shape)} has the row's length {length}, but ds_cp does not know how to shard "
+                    f"it; drop it from the batch (known: {', '.join(TOKEN_KEYS + DOCUMENT_KEYS)})"
+                )
+            continue
+        fits = value.shape[:2] == (rows, length) or (key == "position_ids" and value.shape == (1, length))
+        if not fits or (value.ndim != 2 and key != "inputs_embeds"):
+            raise ValueError(f"batch: {key} has shape {tuple(value.shape)}, expected ({rows}, {length}) like the tokens")
+
+
+def _stream(batch: Mapping[str, Any], tokens: Tensor) -> tuple[Rows, tuple[int, ...]]:
+    """The kept tokens, and the documents they form (cu_seqlens without the padding at the end)."""
+    rows, length = tokens.shape[:2]
+    mask, kept = batch.get("attention_mask"), None
+    if mask is not None:
+        mask = mask.cpu()
+        if not bool(((mask == 0) | (mask == 1)).all()):
+            raise ValueError("batch: attention_mask holds values other than 0 and 1; give documents as position_ids that reset")
+        kept = None if bool(mask.all()) else mask.flatten().nonzero().squeeze(1)
+        if kept is not None and not len(kept):
+            kept = torch.zeros(1, dtype=torch.long)  # a batch of padding alone: one token without a target
+    stream = Rows(shape=(rows, length), kept=kept, tokens=rows * length if kept is None else len(kept))
+    return stream, _documents(batch, stream)
+
+
+def _documents(batch: Mapping[str, Any], rows: Rows) -> tuple[int, ...]:
+    batch_size, length = rows.shape
+    given = _given_documents(batch, rows)
+    if given is not None:
+        return given
+    positions = batch.get("position_ids")
+    if rows.kept is None and (positions is None or length == 1):
+        return tuple(range(0, rows.tokens + 1, length))
+    flat = torch.arange(rows.tokens) if rows.kept is None else rows.kept
+    starts = flat.div(length, rounding_mode="floor").diff() != 0
+    if positions is not None:
+        order = positions.cpu().expand(batch_size, -1).flatten()[flat]
+        starts |= order.diff() != 1
+    return (0, *(starts.nonzero().squeeze(1) + 1).tolist(), rows.tokens)
+
+
+def _given_documents(batch: Mapping[str, Any], rows: Rows) -> tuple[int, ...] | None:
+    """cu_seq_lens_q or seq_lens, checked against the row they must describe."""
+    bounds, lengths = batch.get("cu_seq_lens_q"), batch.get("seq_lens")
+    if bounds is None and lengths is None:
+        return None
+    key = "seq_lens" if bounds is None else "cu_seq_lens_q"
+    if bounds is None:
+        flat = torch.as_tensor(lengths).flatten().cpu()
+        bounds = torch.cat((flat.new_zeros(1), flat.cumsum(0)))
+    values = torch.as_tensor(bounds).flatten().tolist()
+    if rows.kept is not None:
+        raise ValueError(f"batch: {key} and an attention_mask with zeros contradict each other; give one of them")
+    if values[0] != 0 or values[-1] != rows.tokens or any(a > b for a, b in pairwise(values)):
+        raise ValueError(f"batch: {key} must ascend from 0 to the {rows.tokens} tokens of the batch, got {_short(values)}")
+    row_starts = range(0, rows.tokens + 1, rows.shape[1])
+    return tuple(sorted({*values, *row_starts}))
+
+
+def _short(values: list[int]) -> str:
+    return str(values) if len(values) <= 8 else f"[{', '.join(map(str, values[:4]))}, ..., {values[-1]}]"
+
+
+def _with_padding(documents: tuple[int, ...], length: int) -> tuple[int, ...]:
+    """The padding at the stream's end is a document of its own: nothing real attends it."""
+    return documents if documents[-1] == length else (*documents, length)
+
+
+def _positions(batch: Mapping[str, Any], rows: Rows, documents: tuple[int, ...], tokens: Tensor) -> Tensor:
+    """position_ids [B, S]: the user's; without them columns as HF counts them, or from each document's start if given."""
+    batch_size, length = rows.shape
+    given = batch.get("position_ids")
+    if given is not None:
+        return given.expand(batch_size, -1)
+    columns = torch.arange(length, device=tokens.device).expand(batch_size, -1)
+    if batch.get("cu_seq_lens_q") is None and batch.get("seq_lens") is None:
+        return columns
+    flat = torch.arange(rows.tokens, device=tokens.device)
+    starts = torch.tensor(documents, device=tokens.device)
+    return (flat - starts[torch.bucketize(flat, starts, right=True) - 1]).view(batch_size, length)
+
+
+def _targets(batch: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None]:
+    """Shifted targets [B, S] and loss weights [B, S] (or None): column j holds what stands at j + 1."""
+    targets, weights = batch.get("shift_labels"), batch.get("loss_weights")
+    if targets is None and batch.get("labels") is not None:
+        targets = _shift(batch["labels"], IGNORE)
+        weights = None if weights is None else _shift(weights, 0)
+    mask = batch.get("attention_mask")
+    if targets is not None and mask is not None:  # a left-padded row's first token would be predicted from padding
+        targets = targets.masked_fill(mask.to(targets.device) == 0, IGNORE)
+    return targets, None if targets is None else weights
+
+
+def _shift(x_BS: Tensor, fill: float) -> Tensor:
+    return torch.cat((x_BS[:, 1:], x_BS.new_full((x_BS.shape[0], 1), fill)), dim=1)
+
+
+def _count(targets: Tensor, weights: Tensor | None) -> Tensor:
+    valid = targets != IGNORE
+    return valid.sum().float() if weights is None else (weights.float() * valid).sum()
+
+
+def _check_padding_has_no_targets(targets: Tensor | None, batch: Mapping[str, Any], rows: Rows) -> None:
+    labels = batch.get("labels", batch.get("shift_labels"))
+    if targets is None or labels is None or rows.kept is None:
+        return
+    padding = torch.ones(labels.numel(), dtype=torch.bool)
+    padding[rows.kept] = False
+    wrong = int((labels.flatten().cpu()[padding] != IGNORE).sum())
+    if wrong:
+        raise ValueError(
+            f"batch: labels hold {wrong} targets at positions that attention_mask marks as padding; set them to {IGNORE}, "
+            "else the model would train on padding"
+        )

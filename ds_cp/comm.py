@@ -1,0 +1,101 @@
+"""Communication, differentiable where a gradient passes. Groups and dims only; nothing here knows attention.
+
+In the docstrings `w` is the group's size, `i`, `j` are ranks of it, `x_i` is the argument on rank i, `y_i` the result, and
+`g_i = dL/dy_i` what backward receives. Every rank of the group must call each function, in the same order.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def all_to_all(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Exchanges equal parts of dim 0: part j of rank i becomes part i of rank j.
+
+    Shards: `x_i` is [w, ...] with `x_i[j]` meant for rank j.
+    Forward: `y_j[i] = x_i[j]`.  Backward: `dx_i[j] = g_j[i]`, the same exchange (its own inverse).
+    """
+    return x if group is None else _AllToAll.apply(x, group)
+
+
+class _AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _exchange(x, group)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return _exchange(grad, ctx.group), None
+
+
+def _exchange(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    dist.all_to_all_single(out, x, group=group)
+    return out
+
+
+def all_gather(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Stacks the ranks' tensors on a new dim 0.
+
+    Shards: `x_i` [...], the same shape on every rank.
+    Forward: `y_j[i] = x_i` on every j.  Backward: `dx_i = sum_j g_j[i]`: the adjoint, so gradients are those of the sum of
+    the ranks' losses; DeepSpeed's averaging turns that into their mean.
+    """
+    return x.unsqueeze(0) if group is None else _AllGather.apply(x, group)
+
+
+class _AllGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        ctx.shape, ranks = x.shape, dist.get_world_size(group)
+        out = x.new_empty(ranks * x.numel())
+        dist.all_gather_into_tensor(out, x.contiguous().view(-1), group=group)
+        return out.view(ranks, *x.shape)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        out = grad.new_empty(ctx.shape.numel())
+        dist.reduce_scatter_tensor(out, grad.contiguous().view(-1), group=ctx.group)
+        return out.view(ctx.shape), None
+
+
+def all_sum(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The detached sum over the group, for values that are shown: no gradient passes."""
+    out = x.detach().clone()
+    if group is not None:
+        dist.all_reduce(out, group=group)
+    return out
+
+
+class Hop:
+    """A posted exchange with the two ring neighbours; `wait()` returns what came in.
+
+    Shards: `x_i` of one shape on all ranks. Result: `y_i = x_(i - 1 mod w)`. The tensor sent must not change before `wait`.
+    """
+
+    def __init__(self, x: Tensor, group: dist.ProcessGroup, ranks: tuple[int, ...], rank: int, what: str) -> None:
+        assert x.is_contiguous()
+        self._what = f"{what} hop from rank {ranks[rank - 1]} to rank {ranks[rank]}"
+        self._sent = x  # kept alive until the work is done
+        self._received = torch.empty_like(x)
+        send = dist.P2POp(dist.isend, x, ranks[(rank + 1) % len(ranks)], group)
+        receive = dist.P2POp(dist.irecv, self._received, ranks[rank - 1], group)
+        self._work = dist.batch_isend_irecv([send, receive])
+
+    def wait(self) -> Tensor:
+        """The neighbour's tensor.
+
+        Raises:
+            RuntimeError: it did not come within `comm_timeout_s`, or the neighbour is gone.
+        """
+        try:
+            for work in self._work:
+                work.wait()
+        except RuntimeError as error:
+            raise RuntimeError(f"ds_cp: the {self._what} failed: {error}") from error
+        return self._received

@@ -1,0 +1,185 @@
+"""The `sequence_parallel` block of ds_config.json: one strict, frozen model, and the function that finds it.
+
+The block is read from a path, a dict or a HF config object; unknown keys, impossible values and fields whose feature this
+version does not have are one `ValueError` that names the field, the value, what is allowed and what to do.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import difflib
+import json
+import os
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+BLOCK = "sequence_parallel"
+
+Auto = Literal["auto"]
+Degree = Annotated[int, Field(ge=1, strict=True)]
+Count = Annotated[int, Field(ge=0, strict=True)]
+
+
+class Config(BaseModel):
+    """The block, as the user wrote it; "auto" is resolved later, once, and printed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    size: Degree | Auto = 1
+    """Ranks that share one row. "auto" takes all ranks; 1 switches sequence parallelism off."""
+    ulysses_size: Degree | Auto = "auto"
+    """Degree of the heads-to-tokens all-to-all. "auto" takes the largest legal one that stays inside a node."""
+    ring_size: Degree | Auto = "auto"
+    """Degree of ring attention. ulysses_size * ring_size must be size."""
+    layout: Literal["auto", "zigzag", "balanced", "zigzag_documents", "contiguous"] = "auto"
+    """How a row's chunks are given to ring ranks. "auto" is zigzag."""
+    linear_attention: Literal["auto", "heads", "state"] = "auto"
+    """How Gated DeltaNet layers are sharded."""
+    ring_impl: Literal["p2p", "allgather"] = "p2p"
+    """How key/value blocks reach the other ring ranks."""
+    attention_head_chunks: Degree | Auto = "auto"
+    """Head groups that go through the all-to-all one after another; 1 sends all at once. "auto" is 1."""
+    comm_timeout_s: Annotated[int, Field(ge=1, strict=True)] = 1800
+    """Seconds after which a hop or all-to-all that has not finished ends the run."""
+    profile: bool = False
+    """Record a profile of the first steps."""
+    attention_kernel: Literal["auto", "flash_attn", "torch_cudnn", "torch_flash", "torch_cpu", "reference"] = "auto"
+    """The attention kernel. "auto" is torch_flash on CUDA and torch_cpu on CPU."""
+    delta_kernel: Literal["auto", "fla", "reference"] = "auto"
+    """The Gated DeltaNet kernel."""
+    loss_reduction: Literal["auto", "mean", "token_mean", "sum"] = "auto"
+    """What the gradient is the gradient of. "auto" is token_mean where `num_items_in_batch` is given, else mean."""
+    loss_chunk: Count | Auto = "auto"
+    """Tokens per logits tile; 0 materialises the logits. "auto" is 0."""
+    tiled_mlp: bool | Auto = "auto"
+    """Compute MLPs in tiles of tokens. "auto" is off."""
+    activation_offload: bool = False
+    """Keep checkpointed activations in pinned host memory."""
+
+    @model_validator(mode="after")
+    def _refuse_later_features(self) -> Config:
+        for field, here in THIS_VERSION.items():
+            value = getattr(self, field)
+            if value not in here:
+                allowed = ", ".join(json.dumps(v) for v in here)
+                raise ValueError(f"{field}: {json.dumps(value)} is not in this version of ds_cp; use {allowed}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_product(self) -> Config:
+        degrees = (self.ulysses_size, self.ring_size)
+        if self.size == "auto":
+            return self
+        if "auto" not in degrees and degrees[0] * degrees[1] != self.size:
+            raise ValueError(
+                f"ulysses_size {degrees[0]} x ring_size {degrees[1]} is {degrees[0] * degrees[1]}, not size {self.size}; "
+                'change one of them or leave it "auto"'
+            )
+        for name, degree in zip(("ulysses_size", "ring_size"), degrees, strict=True):
+            if degree != "auto" and self.size % degree:
+                raise ValueError(f"{name}: {degree} does not divide size {self.size}; use one of {divisors(self.size)}")
+        return self
+
+
+THIS_VERSION: Mapping[str, tuple[Any, ...]] = {
+    "layout": ("auto", "zigzag", "contiguous"),
+    "linear_attention": ("auto",),
+    "ring_impl": ("p2p",),
+    "attention_head_chunks": ("auto", 1),
+    "profile": (False,),
+    "attention_kernel": ("auto", "torch_flash", "torch_cpu", "reference"),
+    "delta_kernel": ("auto",),
+    "loss_chunk": ("auto", 0),
+    "tiled_mlp": ("auto", False),
+    "activation_offload": (False,),
+}
+"""Values that this version implements, for the fields whose other values come with a later one."""
+
+
+def divisors(n: int) -> list[int]:
+    """All divisors of `n` in ascending order."""
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def load(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, Any]:
+    """A whole ds_config as a dict, from what `deepspeed.initialize` and TrainingArguments take.
+
+    Args:
+        source: a path to a JSON (or HJSON) file, a dict, or the base64 text that DeepSpeed's launcher passes on.
+
+    Raises:
+        ValueError: `source` is none of these, or not valid JSON.
+    """
+    if isinstance(source, Mapping):
+        return dict(source)
+    text = os.fspath(source)
+    if os.path.isfile(text):
+        with open(text, encoding="utf-8") as file:
+            return _parse_json(file.read(), text)
+    try:
+        decoded = base64.urlsafe_b64decode(text).decode("utf-8")
+    except (binascii.Error, UnicodeDecodeError, ValueError):
+        raise ValueError(f"config: {text!r} is neither a file, nor a dict, nor base64 JSON; pass one of these") from None
+    return _parse_json(decoded, "the base64 config")
+
+
+def parse(source: str | os.PathLike[str] | Mapping[str, Any]) -> Config:
+    """The `sequence_parallel` block of a ds_config; a config without the block gives size 1, which is off.
+
+    Raises:
+        ValueError: the block is not an object, has an unknown key, or a value that is not allowed.
+    """
+    block = load(source).get(BLOCK, {})
+    if not isinstance(block, Mapping):
+        raise ValueError(f'{BLOCK}: expected an object like {{"size": 2}}, got {block!r}')
+    try:
+        return Config(**block)
+    except ValidationError as error:
+        raise ValueError(_explain(error)) from None
+
+
+def _parse_json(text: str, name: str) -> dict[str, Any]:
+    import hjson  # DeepSpeed's own parser: a file that it accepts with comments is accepted here too
+
+    try:
+        value = hjson.loads(text)
+    except hjson.HjsonDecodeError as error:
+        raise ValueError(f"config: {name} is not valid JSON: {error}") from None
+    if not isinstance(value, Mapping):
+        raise ValueError(f"config: {name} holds {type(value).__name__}, expected a JSON object")
+    return dict(value)
+
+
+def _explain(error: ValidationError) -> str:
+    sentences = []
+    for entry in error.errors():
+        field = str(entry["loc"][0]) if entry["loc"] else ""
+        if entry["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(field, Config.model_fields, n=1, cutoff=0.0)[0]
+            sentences.append(f"{BLOCK}.{field}: unknown key; did you mean {near!r}? Known keys: {_names()}")
+        elif entry["type"] == "value_error":
+            sentences.append(f"{BLOCK}.{entry['ctx']['error']}")
+        else:
+            sentences.append(f"{BLOCK}.{field}: got {entry['input']!r}, allowed: {_allowed(field)}")
+    return "; ".join(dict.fromkeys(sentences))
+
+
+def _names() -> str:
+    return ", ".join(Config.model_fields)
+
+
+def _allowed(field: str) -> str:
+    schema = Config.model_json_schema()["properties"][field]
+    parts = []
+    for option in schema.get("anyOf", [schema]):
+        if "enum" in option:
+            parts.append(" | ".join(json.dumps(v) for v in option["enum"]))
+        elif "const" in option:
+            parts.append(json.dumps(option["const"]))
+        else:
+            least = f" >= {option['minimum']}" if "minimum" in option else ""
+            parts.append(f"{option['type']}{least}")
+    return " | ".join(parts)

@@ -1,0 +1,223 @@
+"""`deepspeed.initialize` with sequence parallelism: checks, mesh, measurement, DeepSpeed's own engine, hooks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor, nn
+
+from ds_cp import batch as batches
+from ds_cp import comm, factor, mesh, preflight, topology
+from ds_cp import config as configs
+from ds_cp.config import Config
+from ds_cp.kernels import attention as attention_kernels
+from ds_cp.loader import StepLoader
+from ds_cp.loss import CausalLMLoss
+from ds_cp.mesh import Mesh
+from ds_cp.models import attach, checks
+
+Source = str | os.PathLike[str] | Mapping[str, Any]
+
+
+def initialize(
+    args: Any = None,
+    model: nn.Module | None = None,
+    optimizer: Any = None,
+    model_parameters: Any = None,
+    training_data: Any = None,
+    lr_scheduler: Any = None,
+    distributed_port: int | None = None,
+    mpu: Any = None,
+    dist_init_required: bool | None = None,
+    collate_fn: Callable[[list[Any]], dict[str, Any]] | None = None,
+    config: Source | None = None,
+    mesh_param: Any = None,
+    config_params: Source | None = None,
+) -> tuple[deepspeed.DeepSpeedEngine, Any, StepLoader | Any, Any]:
+    """`deepspeed.initialize`: the same arguments and the same four results, for a model whose rows are shared by ranks.
+
+    What is shared is in the config's `sequence_parallel` block; without it, or with size 1, this is `deepspeed.initialize`.
+    The engine takes whole rows, the same on every rank of a group, and returns the loss of the whole row.
+
+    Raises:
+        ValueError: on every rank, before training: the block, the model, the batch arithmetic or the launch is not supported.
+    """
+    source = config if config is not None else config_params
+    source = getattr(args, "deepspeed_config", None) if source is None else source
+    if source is None:
+        raise ValueError("config: pass config=<path or dict>, as to deepspeed.initialize")
+    ds_config = configs.load(source)
+    block = configs.parse(ds_config)
+    given = {
+        "args": args,
+        "model": model,
+        "optimizer": optimizer,
+        "model_parameters": model_parameters,
+        "lr_scheduler": lr_scheduler,
+        "dist_init_required": dist_init_required,
+    }
+    given |= {} if distributed_port is None else {"distributed_port": distributed_port}
+    if block.size == 1:
+        return deepspeed.initialize(
+            **given,
+            training_data=training_data,
+            mpu=mpu,
+            collate_fn=collate_fn,
+            config=ds_config,
+            mesh_param=mesh_param,
+        )
+    if mpu is not None or mesh_param is not None:
+        raise ValueError("mpu, mesh_param: ds_cp brings its own process groups beside DeepSpeed's; leave them out")
+    preflight.check_extension_locks()
+    deepspeed.init_distributed(dist_init_required=dist_init_required)
+    preflight.check_world_size()
+    mesh_ = prepare(model, block)
+    factor.verify(ds_config, backward_divides=True)
+    ours = {k: v for k, v in ds_config.items() if k != configs.BLOCK}
+    ours["sequence_parallel_size"] = mesh_.seq.size  # DeepSpeed's batch arithmetic then counts replicas
+    engine, optimizer, _, scheduler = deepspeed.initialize(**given, config=ours)
+    attach_model(engine.module, block, mesh_, engine.gradient_accumulation_steps)
+    loader = None
+    if training_data is not None:
+        loader = StepLoader(
+            dataset=training_data,
+            batch_size=engine.train_micro_batch_size_per_gpu(),
+            collate_fn=collate_fn,
+            mesh=mesh_,
+            steps=engine.gradient_accumulation_steps,
+            device=torch.device(get_accelerator().current_device_name()),
+            count=block.loss_reduction in ("auto", "token_mean"),
+        )
+    return engine, optimizer, loader, scheduler
+
+
+def prepare(model: nn.Module, block: Config) -> Mesh:
+    """Everything that can be refused, then the process groups; the process group of the job must be up.
+
+    Raises:
+        ValueError: the model or the sizes are not supported.
+    """
+    inner = attach.find(model)
+    checks.refuse(inner)
+    kernel_name(block)
+    degrees = topology.resolve(
+        block.size,
+        block.ulysses_size,
+        block.ring_size,
+        world=dist.get_world_size(),
+        local_world=mesh.local_world_size(),
+        heads=checks.heads(inner),
+    )
+    mesh_ = mesh.build(degrees, block.comm_timeout_s)
+    if dist.get_rank() == 0:
+        print_table(block, mesh_)
+    return mesh_
+
+
+def attach_model(model: nn.Module, block: Config, mesh_: Mesh, divisor: Callable[[], int]) -> attach.Handle:
+    """Hooks the HF model inside `model`; `divisor` is what backward divides a loss by."""
+    handle = attach.Handle(
+        model=attach.find(model),
+        mesh=mesh_,
+        kernel=attention_kernels.load(kernel_name(block)),
+        layout=layout_name(block),
+        loss=CausalLMLoss(reduction=block.loss_reduction, divisor=divisor),
+    )
+    handle.apply()
+    return handle
+
+
+def kernel_name(block: Config) -> str:
+    """The attention kernel's name, "auto" resolved by the device; refuses a kernel of another device."""
+    device = get_accelerator().device_name()
+    name = block.attention_kernel
+    if name == "auto":
+        return "torch_flash" if device == "cuda" else "torch_cpu"
+    wrong = {"torch_flash": device != "cuda", "torch_cpu": device != "cpu"}.get(name, False)
+    if wrong:
+        raise ValueError(f'sequence_parallel.attention_kernel: {name!r} does not run on {device}; use "auto" or "reference"')
+    return name
+
+
+def layout_name(block: Config) -> str:
+    """The layout's name, "auto" resolved."""
+    return "zigzag" if block.layout == "auto" else block.layout
+
+
+def print_table(block: Config, mesh_: Mesh) -> None:
+    """What the run does, "auto" resolved, once, on the calling rank."""
+    from rich.console import Console
+    from rich.table import Table
+
+    degrees = mesh_.topology
+    table = Table(title="ds_cp: sequence parallelism", title_justify="left")
+    for column in ("setting", "in the config", "in this run"):
+        table.add_column(column)
+    resolved = {
+        "size": degrees.size,
+        "ulysses_size": degrees.ulysses,
+        "ring_size": degrees.ring,
+        "layout": layout_name(block),
+        "attention_kernel": kernel_name(block),
+        "loss_reduction": "token_mean if counted, else mean" if block.loss_reduction == "auto" else block.loss_reduction,
+        "comm_timeout_s": block.comm_timeout_s,
+    }
+    for name, value in resolved.items():
+        table.add_row(name, str(getattr(block, name)), str(value))
+    table.add_row("data-parallel replicas", "", str(degrees.data))
+    Console().print(table)
+
+
+def unshard(x: Tensor) -> Tensor:
+    """The whole rows of a model's output, in the user's order: [1, T, ...] to [B, S, ...], zeros at padding.
+
+    Differentiable: gradients are those of the mean over ranks of the ranks' losses, as in data parallelism. Every rank of the
+    sequence group must call it.
+
+    Args:
+        x: `out.logits` of an attached model (it carries the micro-batch's context).
+    """
+    context = getattr(x, attach.CONTEXT, None)
+    if context is None:
+        raise ValueError("unshard: this tensor does not come from a ds_cp model; pass out.logits itself, not a copy or a slice")
+    return batches.unshard(comm.all_gather(x, context.mesh.seq.group), context)
+
+
+def disabled(engine: nn.Module) -> AbstractContextManager[None]:
+    """Inside the block the model runs unsharded, as HF wrote it: for generation and small evaluations."""
+    handle = attach.handle_of(engine)
+    return nullcontext() if handle is None else handle.disabled()
+
+
+def data_parallel_size(source: nn.Module | Source) -> int:
+    """Number of different rows in a step: ranks of the job / size.
+
+    Args:
+        source: an engine or model from ds_cp, or the ds_config (path or dict), so that a loader can be made first.
+    """
+    return dist.get_world_size() // _row_ranks(source)
+
+
+def data_parallel_rank(source: nn.Module | Source) -> int:
+    """Which of them this rank gets; the same on every rank of a sequence group."""
+    return dist.get_rank() // _row_ranks(source)
+
+
+def _row_ranks(source: nn.Module | Source) -> int:
+    if not dist.is_initialized():
+        raise ValueError("data_parallel_rank/size: call deepspeed.init_distributed() or ds_cp.initialize first")
+    if isinstance(source, nn.Module):
+        handle = attach.handle_of(source)
+        return 1 if handle is None else handle.mesh.seq.size
+    size = configs.parse(source).size
+    size = dist.get_world_size() if size == "auto" else size
+    if dist.get_world_size() % size:
+        raise ValueError(f"sequence_parallel.size: {size} does not divide the {dist.get_world_size()} ranks of this job")
+    return size

@@ -1,0 +1,110 @@
+"""What weight DeepSpeed gives one rank's gradient: measured, not assumed.
+
+The weight is emergent behaviour of DeepSpeed (its ZeRO stages, flags and versions divide at different places). `loss.py` relies
+on 1 / (W * divisor); this trains a one-parameter model for one step under the user's own ZeRO flags and compares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import safe_get_full_fp32_param
+from torch import Tensor, nn
+
+ACCUMULATION = 2
+TOLERANCE = 0.05  # bf16 reductions round; a wrong divisor is off by a factor of two or more
+KEPT = (
+    "zero_optimization",
+    "bf16",
+    "data_types",
+    "communication_data_type",
+    "prescale_gradients",
+    "gradient_predivide_factor",
+    "gradient_allreduce_op",
+    "managed_gradient_accumulation",
+)
+"""Sections of ds_config that can change how gradients are reduced."""
+
+
+def verify(ds_config: Mapping[str, Any], backward_divides: bool) -> float:
+    """Measures the weight and refuses to train when it is not the one that the loss assumes; all ranks must call it.
+
+    Args:
+        ds_config: the user's DeepSpeed config; "auto" values are left to DeepSpeed's defaults.
+        backward_divides: whether `engine.backward` divides by the accumulation steps (raw) or not (HF Trainer).
+
+    Returns:
+        The measured weight of one rank's gradient of one micro-batch.
+
+    Raises:
+        ValueError: the measured weight is not 1 / (W * divisor).
+    """
+    expected = 1 / (dist.get_world_size() * (ACCUMULATION if backward_divides else 1))
+    measured = measure(ds_config, backward_divides)
+    if abs(measured / expected - 1) > TOLERANCE:
+        raise ValueError(
+            f"deepspeed {deepspeed.__version__}: with this config it gives one rank's gradient the weight {measured:.6g}, and "
+            f"ds_cp's loss is exact only for {expected:.6g}; every gradient would be {measured / expected:.3g} times too large. "
+            f"Change zero_optimization or the reduction keys ({', '.join(KEPT[3:])}), or use a deepspeed version that ds_cp lists"
+        )
+    return measured
+
+
+def measure(ds_config: Mapping[str, Any], backward_divides: bool) -> float:
+    """The weight w in: reduced gradient = sum over ranks and accumulation steps of g * w."""
+    engine = _one_parameter_engine(ds_config)
+    values = [[1.0 + (rank + step) % 8 for step in range(ACCUMULATION)] for rank in range(dist.get_world_size())]
+    for step in range(ACCUMULATION):
+        loss = engine(values[dist.get_rank()][step])
+        engine.set_gradient_accumulation_boundary(step == ACCUMULATION - 1)
+        engine.backward(loss, scale_wrt_gas=backward_divides)
+        engine.step()
+    after = _parameter(engine)
+    engine.destroy()
+    return -after / sum(map(sum, values))
+
+
+class _One(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: float) -> Tensor:
+        return (self.weight * x).sum().float()
+
+
+def _one_parameter_engine(ds_config: Mapping[str, Any]) -> deepspeed.DeepSpeedEngine:
+    config = {key: _resolved(ds_config[key]) for key in KEPT if key in ds_config and ds_config[key] != "auto"}
+    zero = config.get("zero_optimization", {})
+    for section in ("offload_optimizer", "offload_param"):
+        if zero.get(section, {}).get("device") == "nvme":
+            zero.pop(section)  # where the state lies does not change the sum
+    config |= {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": ACCUMULATION,
+        "gradient_clipping": 0.0,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+    }
+    model = _One().to(get_accelerator().current_device_name())
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+
+
+def _resolved(value: Any) -> Any:
+    """A copy without the "auto" values that only HF's integration understands."""
+    if isinstance(value, Mapping):
+        return {k: _resolved(v) for k, v in value.items() if v != "auto"}
+    return value
+
+
+def _parameter(engine: deepspeed.DeepSpeedEngine) -> float:
+    parameter = engine.module.weight
+    master = safe_get_full_fp32_param(parameter)
+    return float((parameter if master is None else master).float().sum())

@@ -1,0 +1,58 @@
+"""Attention kernels: one module each, with the three functions of `Kernel`; the config value is the module's name.
+
+Shapes: T query tokens, S key tokens, N query heads, M key/value heads (M divides N; head n reads n * M // N), H head size.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from typing import Protocol
+
+from torch import Tensor
+
+from ds_cp.tiles import Tile
+
+
+class Kernel(Protocol):
+    """What a kernel module offers. It gets slices, so of the tile it reads only `documents`."""
+
+    @staticmethod
+    def unsupported(q_TNH: Tensor, k_SMH: Tensor, v_SMH: Tensor, tile: Tile) -> str | None:
+        """Why this kernel cannot compute these inputs, or None. Must not launch anything."""
+
+    @staticmethod
+    def forward(q_TNH: Tensor, k_SMH: Tensor, v_SMH: Tensor, tile: Tile, scale: float) -> tuple[Tensor, Tensor]:
+        """(out_TNH in q's dtype, lse_TN): lse fp32 (fp64 for fp64), natural log."""
+
+    @staticmethod
+    def backward(
+        dout_TNH: Tensor,
+        q_TNH: Tensor,
+        k_SMH: Tensor,
+        v_SMH: Tensor,
+        out_TNH: Tensor,
+        lse_TN: Tensor,
+        tile: Tile,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(dq, dk, dv) of this tile, given the merged out and lse of the whole row of scores."""
+
+
+def names() -> list[str]:
+    """All kernels in the folder."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def load(name: str) -> Kernel:
+    """The kernel module `name`.
+
+    Raises:
+        ValueError: there is no such module, or what it needs is not installed.
+    """
+    if name not in names():
+        raise ValueError(f"sequence_parallel.attention_kernel: {name!r} is not in this version; available: {names()}")
+    try:
+        return importlib.import_module(f"{__name__}.{name}")
+    except ImportError as error:
+        raise ValueError(f"sequence_parallel.attention_kernel: {name!r} cannot be loaded here: {error}") from error

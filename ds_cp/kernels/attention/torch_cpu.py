@@ -1,0 +1,92 @@
+"""PyTorch's own CPU flash attention (`aten._scaled_dot_product_flash_attention_for_cpu`), forward and backward.
+
+It takes [1, heads, tokens, size] views with any strides, GQA included. It has no varlen form, so documents are one call
+each.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ds_cp.tiles import Tile
+
+_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def unsupported(q_TNH: Tensor, k_SMH: Tensor, v_SMH: Tensor, tile: Tile) -> str | None:
+    if q_TNH.device.type != "cpu":
+        return f"it runs on CPU tensors, these are on {q_TNH.device.type}; use torch_flash"
+    if not q_TNH.shape[-1] == k_SMH.shape[-1] == v_SMH.shape[-1]:
+        return f"query, key and value heads must have one size, got {q_TNH.shape[-1]}, {k_SMH.shape[-1]}, {v_SMH.shape[-1]}"
+    return None
+
+
+def forward(q_TNH: Tensor, k_SMH: Tensor, v_SMH: Tensor, tile: Tile, scale: float) -> tuple[Tensor, Tensor]:
+    if tile.documents is None or len(tile.documents) == 2:
+        return _one(q_TNH, k_SMH, v_SMH, tile.causal, scale)
+    out, lse = torch.empty_like(q_TNH), q_TNH.new_empty(q_TNH.shape[:2], dtype=_lse_dtype(q_TNH))
+    for start, end in _spans(tile.documents):
+        part = slice(start, end)
+        out[part], lse[part] = _one(q_TNH[part], k_SMH[part], v_SMH[part], True, scale)
+    return out, lse
+
+
+def backward(
+    dout_TNH: Tensor,
+    q_TNH: Tensor,
+    k_SMH: Tensor,
+    v_SMH: Tensor,
+    out_TNH: Tensor,
+    lse_TN: Tensor,
+    tile: Tile,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if tile.documents is None or len(tile.documents) == 2:
+        return _one_backward(dout_TNH, q_TNH, k_SMH, v_SMH, out_TNH, lse_TN, tile.causal, scale)
+    dq, dk, dv = torch.empty_like(q_TNH), torch.empty_like(k_SMH), torch.empty_like(v_SMH)
+    for start, end in _spans(tile.documents):
+        part = slice(start, end)
+        tensors = (dout_TNH[part], q_TNH[part], k_SMH[part], v_SMH[part], out_TNH[part], lse_TN[part])
+        dq[part], dk[part], dv[part] = _one_backward(*tensors, True, scale)
+    return dq, dk, dv
+
+
+def _spans(documents: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    return itertools.pairwise(documents)
+
+
+def _lse_dtype(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def _heads_first(x_TNH: Tensor) -> Tensor:
+    return x_TNH.transpose(0, 1).unsqueeze(0)
+
+
+def _tokens_first(x_1NTH: Tensor) -> Tensor:
+    return x_1NTH.squeeze(0).transpose(0, 1)
+
+
+def _one(q_TNH: Tensor, k_SMH: Tensor, v_SMH: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    out, lse = _forward(*map(_heads_first, (q_TNH, k_SMH, v_SMH)), 0.0, causal, scale=scale)
+    return _tokens_first(out), _tokens_first(lse)
+
+
+def _one_backward(
+    dout_TNH: Tensor,
+    q_TNH: Tensor,
+    k_SMH: Tensor,
+    v_SMH: Tensor,
+    out_TNH: Tensor,
+    lse_TN: Tensor,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    tensors = map(_heads_first, (dout_TNH, q_TNH, k_SMH, v_SMH, out_TNH, lse_TN.contiguous()))
+    dq, dk, dv = _backward(*tensors, 0.0, causal, scale=scale)
+    return _tokens_first(dq), _tokens_first(dk), _tokens_first(dv)

@@ -1,0 +1,67 @@
+"""FlashAttention-2 as PyTorch ships it for CUDA (`aten._flash_attention_forward/_backward`): varlen, GQA, fp16 and bf16.
+
+Documents go through one varlen call (cum_seq tensors), rectangles through a dense one. lse is [1, N, T] or, varlen,
+[N, T]; fp32, natural log.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ds_cp.tiles import Tile
+
+_forward = torch.ops.aten._flash_attention_forward
+_backward = torch.ops.aten._flash_attention_backward
+MAX_HEAD_SIZE = 256
+
+
+def unsupported(q_TNH: Tensor, k_SMH: Tensor, v_SMH: Tensor, tile: Tile) -> str | None:
+    if q_TNH.device.type != "cuda":
+        return f"it runs on CUDA tensors, these are on {q_TNH.device.type}; use torch_cpu"
+    if q_TNH.dtype not in (torch.float16, torch.bfloat16):
+        return f"it computes in fp16 and bf16, got {q_TNH.dtype}; enable bf16 in the config or use reference"
+    if not q_TNH.shape[-1] == k_SMH.shape[-1] == v_SMH.shape[-1]:
+        return f"query, key and value heads must have one size, got {q_TNH.shape[-1]}, {k_SMH.shape[-1]}, {v_SMH.shape[-1]}"
+    if q_TNH.shape[-1] > MAX_HEAD_SIZE or q_TNH.shape[-1] % 8:
+        return f"head size must be a multiple of 8 up to {MAX_HEAD_SIZE}, got {q_TNH.shape[-1]}"
+    return None
+
+
+def forward(q_TNH: Tensor, k_SMH: Tensor, v_SMH: Tensor, tile: Tile, scale: float) -> tuple[Tensor, Tensor]:
+    q, k, v, (cum, longest) = *_batched(tile, q_TNH, k_SMH, v_SMH), _documents(q_TNH, tile)
+    longest_q, longest_k = longest or q_TNH.shape[0], longest or k_SMH.shape[0]
+    out, lse, *_ = _forward(q, k, v, cum, cum, longest_q, longest_k, 0.0, tile.causal, False, scale=scale)
+    return (out, lse.transpose(0, 1)) if tile.causal else (out[0], lse[0].transpose(0, 1))
+
+
+def backward(
+    dout_TNH: Tensor,
+    q_TNH: Tensor,
+    k_SMH: Tensor,
+    v_SMH: Tensor,
+    out_TNH: Tensor,
+    lse_TN: Tensor,
+    tile: Tile,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    cum, longest = _documents(q_TNH, tile)
+    longest_q, longest_k = longest or q_TNH.shape[0], longest or k_SMH.shape[0]
+    dout, q, k, v, out = _batched(tile, dout_TNH, q_TNH, k_SMH, v_SMH, out_TNH)
+    lse = lse_TN.transpose(0, 1).contiguous()
+    lse = lse if tile.causal else lse.unsqueeze(0)
+    no_rng = torch.empty(0, device=q.device, dtype=torch.uint64)  # read only with dropout
+    grads = _backward(dout, q, k, v, out, lse, cum, cum, longest_q, longest_k, 0.0, tile.causal, no_rng, no_rng, scale=scale)
+    dq, dk, dv = grads if tile.causal else (grad[0] for grad in grads)
+    return dq, dk, dv
+
+
+def _batched(tile: Tile, *tensors: Tensor) -> tuple[Tensor, ...]:
+    return tensors if tile.causal else tuple(x.unsqueeze(0) for x in tensors)
+
+
+def _documents(q: Tensor, tile: Tile) -> tuple[Tensor | None, int]:
+    if tile.documents is None:
+        return None, 0
+    cum = torch.tensor(tile.documents, dtype=torch.int32, device="cpu").to(q.device, non_blocking=True)
+    return cum, max(b - a for a, b in zip(tile.documents[:-1], tile.documents[1:], strict=True))

@@ -1,0 +1,108 @@
+"""The loss of a whole row from local logits, and the one factor that makes DeepSpeed's averaging exact.
+
+Each rank has the fp32 sum l_r of w * cross entropy over its own targets; sum_r l_r over a seq group is the row's sum L. What
+DeepSpeed makes of the ranks' gradients g_r is
+
+    reduced = sum over all W ranks and a accumulation steps of g_r * weight,   weight = 1 / (W * divisor)
+
+where divisor is a if engine.backward divides by it (raw DeepSpeed) and 1 if it does not (HF Trainer). So with g_r = f * grad l_r
+(size ranks a row, D = W / size replicas):
+
+    mean        value L / n      f = size / n                n targets of the micro-batch; averaged over D and a
+    token_mean  value L * D / N  f = W * divisor / N         N targets of the global batch, over D and a
+    sum         value L          f = W * divisor             no denominator, no averaging
+
+A denominator of zero counts as one: such a row has a loss of 0 and a gradient of 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ds_cp import comm
+from ds_cp.batch import IGNORE, SequenceContext
+
+Reduction = Literal["auto", "mean", "token_mean", "sum"]
+
+
+@dataclass(frozen=True)
+class CausalLMLoss:
+    """The `loss_function` of a sharded HF model."""
+
+    reduction: Reduction
+    divisor: Callable[[], int]
+    """What `backward` divides the loss by: the accumulation steps under raw DeepSpeed, 1 under HF Trainer."""
+
+    def __call__(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        vocab_size: int | None = None,
+        num_items_in_batch: Tensor | float | None = None,
+        cp: SequenceContext | None = None,
+        **_: Any,
+    ) -> Tensor:
+        """The row's loss, the same 0-d fp32 value on every rank of the seq group; all of them must call it.
+
+        Args:
+            logits: [1, T, V] of the local tokens. labels: [1, T] shifted targets of the local tokens, -100 for none.
+            num_items_in_batch: targets (or their weight) of the whole global batch, for token_mean.
+
+        Raises:
+            ValueError: token_mean without num_items_in_batch, or the model did not pass the context on.
+        """
+        if cp is None or cp.targets is None:
+            raise ValueError("loss_function: the model did not pass the `cp` keyword to its loss; it cannot be sharded")
+        local = _sum(logits, labels, cp.weights)
+        factor, value_factor = self._factors(cp, num_items_in_batch, local.device)
+        shown = comm.all_sum(local, cp.mesh.seq.group) * value_factor
+        return _Shown.apply(local, shown.to(local.dtype), factor)
+
+    def _factors(self, cp: SequenceContext, items: Tensor | float | None, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(factor on the local gradient, factor on the row's sum), 0-d."""
+        topology, reduction = cp.mesh.topology, self.reduction
+        if reduction == "auto":
+            reduction = "mean" if items is None else "token_mean"
+        if reduction == "token_mean" and items is None:
+            raise ValueError(
+                "sequence_parallel.loss_reduction: token_mean needs num_items_in_batch in the batch, the number of targets "
+                "of the whole global batch; use ds_cp.initialize's loader, pass it yourself, or choose mean"
+            )
+        one = torch.ones((), device=device)
+        if reduction == "sum":
+            return one * topology.world * self.divisor(), one
+        if reduction == "mean":
+            inverse = 1 / cp.targets.to(device).clamp(min=torch.finfo(torch.float32).tiny)
+            inverse = torch.where(cp.targets.to(device) > 0, inverse, one)
+            return inverse * topology.size, inverse
+        total = torch.as_tensor(items, dtype=torch.float32, device=device)
+        inverse = torch.where(total > 0, 1 / total.clamp(min=torch.finfo(torch.float32).tiny), one)
+        return inverse * topology.world * self.divisor(), inverse * topology.data
+
+
+def _sum(logits: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
+    work = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    scores, targets = logits.flatten(0, -2).to(work), labels.flatten()
+    if weights is None:
+        return functional.cross_entropy(scores, targets, ignore_index=IGNORE, reduction="sum")
+    losses = functional.cross_entropy(scores, targets, ignore_index=IGNORE, reduction="none")
+    return (losses * weights.flatten().to(work)).sum()
+
+
+class _Shown(torch.autograd.Function):
+    """Shows one value and passes another's gradient: y = shown; d local = dy * factor."""
+
+    @staticmethod
+    def forward(ctx, local: Tensor, shown: Tensor, factor: Tensor) -> Tensor:
+        ctx.factor, ctx.dtype = factor, local.dtype
+        return shown.clone()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        return (grad * ctx.factor).to(ctx.dtype), None, None

@@ -1,0 +1,65 @@
+"""Topology to process groups: the one place that creates them."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from ds_cp.topology import AXES, Axis, Topology
+
+
+@dataclass(frozen=True)
+class AxisGroup:
+    """One axis as seen from this rank. `group` is None where the axis has one rank: nothing is ever sent there."""
+
+    group: dist.ProcessGroup | None
+    ranks: tuple[int, ...]
+    rank: int
+
+    @property
+    def size(self) -> int:
+        return len(self.ranks)
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """The four axes of this rank. `seq` is ulysses x ring: the ranks that share a row."""
+
+    topology: Topology
+    ulysses: AxisGroup
+    ring: AxisGroup
+    seq: AxisGroup
+    data: AxisGroup
+
+
+def build(topology: Topology, timeout_s: int) -> Mesh:
+    """Creates every group of every axis in one fixed order; all ranks of the job must call it.
+
+    Args:
+        timeout_s: seconds after which a collective of these groups fails.
+    """
+    assert dist.get_world_size() == topology.world, (dist.get_world_size(), topology)
+    axes = {axis: _axis(topology, axis, datetime.timedelta(seconds=timeout_s)) for axis in AXES}
+    return Mesh(topology=topology, **axes)
+
+
+def local_world_size() -> int:
+    """Ranks on this node, from the launcher's LOCAL_WORLD_SIZE (or mpirun's); all ranks where it is not set."""
+    for name in ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"):
+        if name in os.environ:
+            return int(os.environ[name])
+    return dist.get_world_size()
+
+
+def _axis(topology: Topology, axis: Axis, timeout: datetime.timedelta) -> AxisGroup:
+    mine = dist.get_rank()
+    found: AxisGroup | None = None
+    for ranks in topology.groups(axis):
+        group = dist.new_group(ranks, timeout=timeout, group_desc=f"ds_cp:{axis}") if len(ranks) > 1 else None
+        if mine in ranks:
+            found = AxisGroup(group=group, ranks=tuple(ranks), rank=ranks.index(mine))
+    assert found is not None
+    return found

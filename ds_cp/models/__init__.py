@@ -1,0 +1,47 @@
+"""The door to HF models. A family is a module here: its `MODEL_TYPES`, a `tiny()` config for the tests, and its reasons."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from typing import Protocol
+
+from transformers import PretrainedConfig
+
+FAMILY_PREFIX = "family_"
+
+
+class Family(Protocol):
+    """What a family module offers."""
+
+    MODEL_TYPES: frozenset[str]
+    """`config.model_type` values whose gradients were compared with HF's own, one by one."""
+
+    @staticmethod
+    def tiny(model_type: str) -> PretrainedConfig:
+        """A config of a few thousand parameters for the tests."""
+
+    @staticmethod
+    def refuse(config: PretrainedConfig) -> str | None:
+        """Why this config of the family cannot be sharded, beyond what every model is checked for."""
+
+
+def families() -> list[Family]:
+    """All family modules of the folder."""
+    found = sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name.startswith(FAMILY_PREFIX))
+    return [importlib.import_module(f"{__name__}.{name}") for name in found]
+
+
+def family_of(config: PretrainedConfig) -> Family | None:
+    """The family that lists this model type."""
+    return next((family for family in families() if config.model_type in family.MODEL_TYPES), None)
+
+
+def model_types() -> list[str]:
+    """Every supported model type."""
+    return sorted(name for family in families() for name in family.MODEL_TYPES)
+
+
+def family_of_type(model_type: str) -> Family:
+    """The family of a model type that is known to be supported."""
+    return next(family for family in families() if model_type in family.MODEL_TYPES)

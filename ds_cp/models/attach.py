@@ -1,0 +1,195 @@
+"""Puts a model under sequence parallelism, per instance and undoably, through HF's own doors only.
+
+- `AttentionInterface.register` adds the implementation "ds_cp"; the instance's `set_attn_implementation` selects it;
+- a forward pre-hook turns whole rows into local tokens plus the keyword `cp=context`, which HF passes to every attention call;
+- the `loss_function` setter gives the loss of the whole row;
+- a forward hook checks on the first step that every attention layer was called with the context (the census).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+
+from ds_cp import batch as batches
+from ds_cp import comm
+from ds_cp.attention import attend
+from ds_cp.batch import SequenceContext
+from ds_cp.kernels.attention import Kernel
+from ds_cp.loss import CausalLMLoss
+from ds_cp.mesh import Mesh
+from ds_cp.models.checks import attention_modules
+
+IMPLEMENTATION = "ds_cp"  # must not hold "flash": transformers branches on that substring
+HANDLE = "ds_cp_handle"
+CONTEXT = "ds_cp_context"
+
+
+class Census:
+    """Counts the attention calls of one forward pass."""
+
+    def __init__(self) -> None:
+        self.calls: Counter[int] = Counter()
+
+    def check(self, expected: dict[str, nn.Module]) -> None:
+        missing = [name for name, module in expected.items() if self.calls[id(module)] != 1]
+        if missing or len(self.calls) != len(expected):
+            raise ValueError(
+                f"model: of {len(expected)} attention layers {len(expected) - len(missing)} ran under ds_cp; "
+                f"{', '.join(missing[:3])} did not run exactly once, so training would be wrong"
+            )
+
+
+@dataclass
+class Handle:
+    """One attached model. `remove()` restores it; `disabled()` does so for a while."""
+
+    model: PreTrainedModel
+    mesh: Mesh
+    kernel: Kernel
+    layout: str
+    loss: CausalLMLoss
+    _undo: list[Any] | None = None
+    _checked: bool = False
+
+    def apply(self) -> None:
+        assert self._undo is None, "already attached"
+        AttentionInterface.register(IMPLEMENTATION, attention_forward)
+        before = self.model.config._attn_implementation, self.model.__dict__.get("_loss_function")
+        self.model.set_attn_implementation(IMPLEMENTATION)
+        if self.model.config._attn_implementation != IMPLEMENTATION:
+            raise ValueError(f"model: {type(self.model).__name__} does not let its attention implementation be set")
+        self.model.loss_function = self.loss
+        hooks = [
+            self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+            self.model.register_forward_hook(self._after_forward, with_kwargs=True),
+        ]
+        self._undo = [before, hooks]
+        setattr(self.model, HANDLE, self)
+
+    def remove(self) -> None:
+        """Gives the model back as it was, to the bit."""
+        assert self._undo is not None, "not attached"
+        (implementation, loss), hooks = self._undo
+        for hook in hooks:
+            hook.remove()
+        self.model.set_attn_implementation(implementation)
+        if loss is None:
+            del self.model._loss_function
+        else:
+            self.model.loss_function = loss
+        delattr(self.model, HANDLE)
+        self._undo = None
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        self.remove()
+        try:
+            yield
+        finally:
+            self.apply()
+
+    def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        given = {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
+        _refuse_keywords(given)
+        device = next(module.parameters()).device
+        if not self._checked:
+            check_same_row(given, self.mesh, device)
+        census = None if self._checked else Census()
+        local, context = batches.prepare(given, self.mesh, self.kernel, self.layout, device, census)
+        return (), {**local, "use_cache": False, "cp": context}
+
+    def _after_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        context: SequenceContext = kwargs["cp"]
+        if context.census is not None:
+            context.census.check(attention_modules(module))
+            self._checked = True
+        logits = getattr(output, "logits", None)
+        if isinstance(logits, Tensor):
+            setattr(logits, CONTEXT, context)
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    cp: SequenceContext | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """HF's attention interface: query [1, N, T, H], key and value [1, M, T, H] to ([1, T, N, H], None).
+
+    Raises:
+        ValueError: the model did not pass the context on, or asks for something that only shows at the call.
+    """
+    name = type(module).__name__
+    if cp is None:
+        raise ValueError(
+            f"model: {name} was called without ds_cp's context: the model drops unknown keywords on the way to its layers, or "
+            "was called past its hooks; it cannot be trained under sequence parallelism"
+        )
+    asked = {"dropout": dropout, **{k: kwargs.get(k) for k in ("sliding_window", "softcap", "s_aux", "head_mask")}}
+    for what, given in asked.items():
+        if given is not None and (isinstance(given, Tensor) or given):
+            raise ValueError(f"model: {name} asks its attention for {what}={given}, which is not in this version of ds_cp")
+    if attention_mask is not None:
+        raise ValueError(f"model: {name} passes a mask of its own to its attention, which is not in this version of ds_cp")
+    if cp.census is not None:
+        cp.census.calls[id(module)] += 1
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return attend(query, key, value, cp, scale), None
+
+
+def find(model: nn.Module) -> PreTrainedModel | nn.Module:
+    """The HF model inside wrappers (PEFT and the like): the outermost PreTrainedModel, else the module itself."""
+    return next((m for m in model.modules() if isinstance(m, PreTrainedModel)), model)
+
+
+def handle_of(model: nn.Module) -> Handle | None:
+    """The handle of an attached model, also through an engine or a wrapper."""
+    return next((getattr(m, HANDLE) for m in model.modules() if HANDLE in m.__dict__), None)
+
+
+def check_same_row(given: dict[str, Any], mesh: Mesh, device: torch.device) -> None:
+    """Raises on every rank of a seq group if its ranks hold different rows."""
+    if mesh.seq.size == 1:
+        return
+    keys = sorted(k for k, v in given.items() if isinstance(v, Tensor) and v.ndim > 0)
+    prints = torch.stack([_fingerprint(k, given[k]) for k in keys]).sum(0).to(device)
+    everyone = comm.all_gather(prints, mesh.seq.group)
+    if bool((everyone == everyone[0]).all()):
+        return
+    table = [f"rank {rank} {row[0].item() & 0xFFFFFFFF:08x}" for rank, row in zip(mesh.seq.ranks, everyone, strict=True)]
+    raise ValueError(
+        f"batch: the ranks of one sequence group got different rows ({', '.join(table)}); give every rank of a group the same "
+        "row: shard the data by ds_cp.data_parallel_rank(), not by the global rank"
+    )
+
+
+def _fingerprint(key: str, x: Tensor) -> Tensor:
+    """A hash of name, shape and contents, int64[1], that ranks can compare."""
+    flat = x.detach().contiguous().view(-1).view(torch.uint8) if x.is_floating_point() else x.detach().flatten()
+    flat = flat.to(torch.int64)
+    weights = torch.arange(1, flat.numel() + 1, device=flat.device) * 0x9E3779B1 + sum(map(ord, key))
+    return (((flat + 1) * weights).sum() * 31 + sum((i + 1) * n for i, n in enumerate(x.shape))).reshape(1).cpu()
+
+
+def _refuse_keywords(given: dict[str, Any]) -> None:
+    if given.get("past_key_values") is not None or given.get("use_cache"):
+        raise ValueError("batch: decoding with a cache is not sharded; generate inside `with ds_cp.disabled(engine):`")
+    if given.get("output_attentions"):
+        raise ValueError("batch: output_attentions is not available: the scores of a row are never in one place")
+    keep = given.get("logits_to_keep", 0)
+    if isinstance(keep, Tensor) or keep:
+        raise ValueError("batch: logits_to_keep would count from the end of a shard; leave it out")

@@ -1,0 +1,124 @@
+"""Refusals, by the model's real properties: what it has that this version would train wrong, in one sentence each.
+
+Every check reads the config or the modules; none runs the model. Order matters only for which reason is told first.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from ds_cp.models import family_of, model_types
+
+RECURRENT = ("deltanet", "mamba", "recurrent", "rwkv", "ssm", "shortconv", "linearattention", "lightningattention")
+LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+
+
+def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules whose forward looks its kernel up in HF's attention interface, by name."""
+    return {name: module for name, module in model.named_modules() if _uses_interface(type(module))}
+
+
+def heads(model: PreTrainedModel) -> list[tuple[int, int]]:
+    """(query heads, key/value heads) of the model's attention layers."""
+    config = model.config.get_text_config()
+    query = config.num_attention_heads
+    return [(query, getattr(config, "num_key_value_heads", None) or query)]
+
+
+def refuse(model: nn.Module) -> None:
+    """Raises a ValueError that names the first property of the model that this version cannot shard."""
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"model: {type(model).__name__} is not a transformers PreTrainedModel, so ds_cp has no door into its attention; "
+            "use a Hugging Face model or set sequence_parallel.size to 1"
+        )
+    reason = next(_reasons(model), None)
+    if reason is not None:
+        raise ValueError(
+            f"model: {type(model).__name__} ({model.config.model_type}) cannot be trained under sequence parallelism: "
+            f"{reason}; change the model or set sequence_parallel.size to 1"
+        )
+
+
+def _reasons(model: PreTrainedModel) -> Iterator[str]:
+    """Each property's reason; the generic ones first, so that a model is refused for what it is and not for its name."""
+    config = model.config.get_text_config()
+    yield from _of_architecture(model, config)
+    yield from _of_layers(model, config)
+    yield from _of_scores(model, config)
+    family = family_of(model.config)
+    if family is None:
+        yield f"its type has not been compared with one process; supported: {', '.join(model_types())}"
+    elif (reason := family.refuse(config)) is not None:
+        yield reason
+    yield from _of_interface(model, config)
+
+
+def _of_architecture(model: PreTrainedModel, config: PretrainedConfig) -> Iterator[str]:
+    if model.config.is_encoder_decoder:
+        yield "encoder-decoder models are not in this version"
+    if not model.can_generate():
+        yield "it has no causal language modelling head (use an AutoModelForCausalLM)"
+    if not getattr(config, "is_causal", True) or getattr(config, "use_bidirectional_attention", False):
+        yield "its attention is not causal"
+    if model.config.sub_configs and any(key != "text_config" for key in model.config.sub_configs):
+        yield "models with other parts than text (vision, audio) are not in this version"
+
+
+def _of_layers(model: PreTrainedModel, config: PretrainedConfig) -> Iterator[str]:
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if any(word in kind.lower() for word in RECURRENT):
+            yield f"{name} is a {kind}: recurrent layers are not in this version"
+        if isinstance(module, nn.Conv1d):
+            yield f"{name} is a convolution over tokens, which would not see the neighbouring shard"
+    for index, kind in enumerate(getattr(config, "layer_types", None) or ()):
+        if kind != "full_attention":
+            yield f"layer {index} is {kind}: only full_attention layers are in this version"
+    for key in ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"):
+        if getattr(config, key, None):
+            yield f"config.{key} is {getattr(config, key)}: mixtures of experts are not in this version"
+    for name, module in attention_modules(model).items():
+        if not getattr(module, "is_causal", True):
+            yield f"{name}.is_causal is False: its attention is not causal"
+        window = getattr(module, "sliding_window", None) or getattr(config, "sliding_window", None)
+        if window:
+            yield f"{name} has a sliding window of {window}: set config.sliding_window to None for full attention"
+
+
+def _of_scores(model: PreTrainedModel, config: PretrainedConfig) -> Iterator[str]:
+    if getattr(config, "attn_logit_softcapping", None):
+        yield f"config.attn_logit_softcapping is {config.attn_logit_softcapping}: softcap is not in this version"
+    dropout = getattr(config, "attention_dropout", 0.0)
+    if dropout:
+        yield f"config.attention_dropout is {dropout}: set it to 0, shards would draw other masks than one process"
+    for name, _ in model.named_parameters():
+        if name.rsplit(".", 1)[-1] == "sinks":
+            yield f"{name} is an attention sink: sinks are not in this version"
+    for kind in _rope_types(config):
+        if kind in LENGTH_DEPENDENT_ROPE:
+            yield f"rope_type {kind} derives its frequencies from the longest position it sees, which differs between shards"
+
+
+def _rope_types(config: PretrainedConfig) -> list[str]:
+    parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    nested = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
+    return [str(entry.get("rope_type", entry.get("type", "default"))) for entry in nested]
+
+
+def _of_interface(model: PreTrainedModel, config: PretrainedConfig) -> Iterator[str]:
+    found = attention_modules(model)
+    if len(found) != config.num_hidden_layers:
+        yield (
+            f"{len(found)} of its {config.num_hidden_layers} layers go through transformers' attention interface, so the "
+            "others could not be sharded"
+        )
+
+
+def _uses_interface(kind: type[nn.Module]) -> bool:
+    code = getattr(inspect.unwrap(kind.forward), "__code__", None)
+    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names

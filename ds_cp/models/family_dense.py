@@ -1,0 +1,57 @@
+"""Dense decoder-only text models whose layers mix tokens through HF's attention interface alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import CONFIG_MAPPING, PretrainedConfig
+
+MODEL_TYPES = frozenset(
+    {
+        "llama",
+        "mistral",
+        "qwen2",
+        "qwen3",
+        "phi3",
+        "gemma",
+        "gpt_neox",
+        "olmo",
+        "olmo2",
+        "granite",
+        "smollm3",
+        "seed_oss",
+    }
+)
+
+_TINY: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,
+    "attention_dropout": 0.0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+_TINY_OF: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": None},
+    "gpt_neox": {"hidden_dropout": 0.0, "num_key_value_heads": None},
+    "phi3": {"resid_pdrop": 0.0, "embd_pdrop": 0.0},
+    "gemma": {"head_dim": 8},
+    "qwen3": {"head_dim": 16},
+    "smollm3": {"head_dim": 8},
+    "seed_oss": {"head_dim": 8},
+}
+
+
+def tiny(model_type: str) -> PretrainedConfig:
+    settings = {**_TINY, "num_key_value_heads": 4, **_TINY_OF.get(model_type, {})}
+    return CONFIG_MAPPING[model_type](**{k: v for k, v in settings.items() if v is not None or k == "sliding_window"})
+
+
+def refuse(config: PretrainedConfig) -> str | None:
+    return None

@@ -1,0 +1,80 @@
+"""Checks of the surroundings before the first collective: what would otherwise hang or train on the wrong ranks."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import torch.distributed as dist
+
+STALE_AFTER_S = 120.0
+"""A build writes files more often than this; a folder that has been quiet for longer has no builder on any host."""
+
+
+def check_extension_locks(root: Path | None = None) -> None:
+    """Waits for a running build of a torch extension, and refuses when its lock was left by a dead process.
+
+    PyTorch's loader waits for such a lock for ever, without a word.
+
+    Raises:
+        ValueError: a lock without a builder; the message names the file.
+    """
+    root = root or _extensions_root()
+    told: set[Path] = set()
+    while locks := sorted(root.glob("*/lock")):
+        for lock in locks:
+            if not _is_built(lock.parent) and _quiet_for(lock.parent) > STALE_AFTER_S:
+                raise ValueError(
+                    f"torch extension: {lock} was left by a process that died while building; every run would wait for it for "
+                    "ever. Delete that file and start again"
+                )
+            if lock not in told:
+                told.add(lock)
+                print(f"ds_cp: waiting for the build that holds {lock}", flush=True)
+        time.sleep(1.0)
+
+
+def check_world_size() -> None:
+    """Refuses when the launcher started another number of ranks than torch.distributed sees.
+
+    Raises:
+        ValueError: WORLD_SIZE and the process group disagree.
+    """
+    launched = int(os.environ.get("WORLD_SIZE", os.environ.get("OMPI_COMM_WORLD_SIZE", 1)))
+    if dist.get_world_size() != launched:
+        raise ValueError(
+            f"world size: the launcher started {launched} ranks, torch.distributed sees {dist.get_world_size()}; call "
+            "deepspeed.init_distributed() (or nothing) before ds_cp.initialize, not a process group of your own"
+        )
+
+
+def _extensions_root() -> Path:
+    from torch.utils.cpp_extension import get_default_build_root
+
+    root = os.environ.get("TORCH_EXTENSIONS_DIR")
+    if root:
+        return Path(root)
+    # Below the default root, torch keeps one folder per Python and CUDA version.
+    found = [path for path in Path(get_default_build_root()).glob("py*") if path.is_dir()]
+    import sys
+
+    tag = f"py{sys.version_info.major}{sys.version_info.minor}"
+    return next((path for path in found if path.name.startswith(tag)), Path(get_default_build_root()))
+
+
+def _is_built(folder: Path) -> bool:
+    """Whether a process of this host works in the folder: ninja is started there."""
+    for link in Path("/proc").glob("[0-9]*/cwd"):
+        try:
+            if link.resolve() == folder.resolve():
+                return True
+        except OSError:
+            continue
+    return False
+
+
+def _quiet_for(folder: Path) -> float:
+    """Seconds since anything in the folder was written."""
+    newest = max((path.stat().st_mtime for path in [folder, *folder.iterdir()] if path.exists()), default=0.0)
+    return time.time() - newest

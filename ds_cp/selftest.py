@@ -1,0 +1,138 @@
+"""Parity with one process: a tiny twin of a model, sharded, against HF's own forward and backward on the same rows.
+
+The tests call these functions; so does any user who wants the same proof on their own ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from ds_cp import engine as engines
+from ds_cp.batch import count_targets
+from ds_cp.models import family_of_type
+
+LR = 2.0**20
+"""SGD's step in the parity runs: so large that the new weight is the gradient, and the old one no longer rounds it."""
+
+Batch = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Report:
+    """Errors relative to the largest entry of each reference gradient."""
+
+    loss: float
+    reference_loss: float
+    errors: dict[str, float]
+
+    @property
+    def worst(self) -> tuple[str, float]:
+        return max(self.errors.items(), key=lambda item: item[1])
+
+    @property
+    def loss_error(self) -> float:
+        return abs(self.loss - self.reference_loss) / max(abs(self.reference_loss), 1e-12)
+
+
+def tiny_model(model_type: str, seed: int = 0, attention: str = "sdpa", **changes: Any) -> PreTrainedModel:
+    """A seeded model of a few thousand parameters, fp32."""
+    config = family_of_type(model_type).tiny(model_type)
+    for name, value in changes.items():
+        assert hasattr(config, name), name
+        setattr(config, name, value)
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
+
+
+def ds_config(stage: int, block: dict[str, Any], accumulation: int = 1, zero: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A DeepSpeed config for parity: no clipping, and flags that do not change the sum."""
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": 0.0,
+        "zero_optimization": {"stage": stage, **(zero or {})},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "sequence_parallel": block,
+    }
+
+
+def reference(model: PreTrainedModel, batches: Sequence[Batch], reduction: str) -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradients of HF's own model in this process.
+
+    `batches` are all micro-batches of the optimizer step, over replicas and accumulation. mean averages their losses,
+    token_mean divides the sum over all targets by their number, sum does not divide.
+    """
+    model.zero_grad()
+    counts = [float(count_targets(batch)) for batch in batches]
+    total = 0.0
+    for batch, count in zip(batches, counts, strict=True):
+        if count == 0:
+            continue
+        mean = model(**batch).loss
+        scale = {"mean": 1 / len(batches), "token_mean": count / sum(counts), "sum": count}[reduction]
+        (mean * scale).backward()
+        total += float(mean.detach()) * scale
+    return total, {name: _gradient(p) for name, p in model.named_parameters()}
+
+
+def sharded(
+    model: nn.Module, config: dict[str, Any], replica_batches: Sequence[Sequence[Batch]], items: float | None = None
+) -> tuple[float, dict[str, Tensor]]:
+    """Loss and applied gradients of one optimizer step under ds_cp; all ranks must call it.
+
+    Args:
+        replica_batches: for every replica its micro-batches of the step.
+        items: `num_items_in_batch`, given to every micro-batch.
+
+    Returns:
+        The mean over replicas of the mean (for token_mean: sum) over micro-batches of the loss shown, and (old - new) / LR.
+    """
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    engine, *_ = engines.initialize(model=model, optimizer=optimizer, config=config)
+    mine = replica_batches[engines.data_parallel_rank(engine)]
+    shown = 0.0
+    for batch in mine:
+        extra = {} if items is None else {"num_items_in_batch": items}
+        loss = engine(**batch, **extra).loss
+        engine.backward(loss)
+        engine.step()
+        shown += float(loss.detach()) / (1 if items is not None else len(mine))
+    handle = engines.attach.handle_of(engine)
+    shown = float(engines.comm.all_sum(torch.tensor(shown), handle.mesh.data.group)) / len(replica_batches)
+    after = full_parameters(engine.module)
+    handle.remove()
+    engine.destroy()
+    return shown, {name: (before[name] - after[name]) / LR for name in before}
+
+
+def compare(loss: float, gradients: dict[str, Tensor], wanted_loss: float, wanted: dict[str, Tensor]) -> Report:
+    """Every parameter's largest error over its largest reference entry; an all-zero reference must be met exactly."""
+    assert gradients.keys() == wanted.keys()
+    errors = {}
+    for name, reference_gradient in wanted.items():
+        largest = float(reference_gradient.abs().max())
+        difference = float((gradients[name].double() - reference_gradient.double()).abs().max())
+        errors[name] = difference / largest if largest else (0.0 if difference == 0 else float("inf"))
+    return Report(loss=loss, reference_loss=wanted_loss, errors=errors)
+
+
+def full_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of the whole parameters, gathered where ZeRO-3 has split them."""
+    whole = {}
+    for name, parameter in model.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+            whole[name] = parameter.detach().clone()
+    return whole
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.detach().clone()

@@ -1,0 +1,93 @@
+"""Which slice of the local queries attends which slice of a ring rank's keys. Integers only.
+
+Documents are contiguous in the row and local order is ascending, so the tokens of one document are contiguous in every
+rank's memory. Therefore
+
+- step 0 (own keys) is one varlen causal call over all local tokens, documents at their local boundaries;
+- in every later step a local chunk c = [a, b) meets only the one document that reaches into it from before a, and of the
+  other rank's keys those of that document before a: one rectangle without a mask, at most one per local chunk.
+
+Neighbouring rectangles with the same keys become one. Slices that share no document never appear.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ds_cp.layout import Layout, Range
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Local queries [q_start, q_end) attend keys [k_start, k_end) of the step's block.
+
+    `documents` are the boundaries (cu_seqlens, from 0 to the slice's length, the same for queries and keys) of a causal
+    varlen call; None is a full rectangle.
+    """
+
+    q_start: int
+    q_end: int
+    k_start: int
+    k_end: int
+    documents: tuple[int, ...] | None = None
+
+    @property
+    def causal(self) -> bool:
+        return self.documents is not None
+
+
+def plan(layout: Layout, ring_rank: int, documents: Sequence[int]) -> tuple[tuple[Tile, ...], ...]:
+    """The tiles of ring rank `ring_rank`, one tuple per ring step; at step s it holds the block of rank r - s.
+
+    Args:
+        documents: cu_seqlens of the padded row: 0, every boundary, the row's length; strictly ascending.
+    """
+    mine = layout.ring_ranges(ring_rank)
+    steps = [(_own(mine, documents),)]
+    for step in range(1, layout.ring):
+        theirs = layout.ring_ranges((ring_rank - step) % layout.ring)
+        steps.append(_rectangles(mine, theirs, documents))
+    return tuple(steps)
+
+
+def _own(mine: tuple[Range, ...], documents: Sequence[int]) -> Tile:
+    """All local tokens on themselves: a document's pieces in several chunks are one local document."""
+    bounds, offset, last = [0], 0, None
+    for start, end in mine:
+        document = _document_of(start, documents)
+        if document == last:  # its earlier piece ends where this one begins
+            bounds.pop()
+        while documents[document + 1] < end:
+            document += 1
+            bounds.append(offset + documents[document] - start)
+        offset += end - start
+        bounds.append(offset)
+        last = document
+    return Tile(0, offset, 0, offset, tuple(bounds))
+
+
+def _rectangles(mine: tuple[Range, ...], theirs: tuple[Range, ...], documents: Sequence[int]) -> tuple[Tile, ...]:
+    tiles: list[Tile] = []
+    offset = 0
+    for start, end in mine:
+        document = _document_of(start, documents)
+        first, last = documents[document], documents[document + 1]
+        k_start, k_end = _local(theirs, first), _local(theirs, start)
+        if k_start < k_end:
+            tile = Tile(offset, offset + min(end, last) - start, k_start, k_end)
+            if tiles and (tiles[-1].q_end, tiles[-1].k_start, tiles[-1].k_end) == (tile.q_start, k_start, k_end):
+                tile = Tile(tiles.pop().q_start, tile.q_end, k_start, k_end)
+            tiles.append(tile)
+        offset += end - start
+    return tuple(tiles)
+
+
+def _document_of(token: int, documents: Sequence[int]) -> int:
+    return bisect_right(documents, token) - 1
+
+
+def _local(ranges: tuple[Range, ...], token: int) -> int:
+    """How many tokens of `ranges` stand before `token` of the row."""
+    return sum(min(max(token - start, 0), end - start) for start, end in ranges)

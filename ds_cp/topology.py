@@ -1,0 +1,133 @@
+"""Which rank holds what: ranks to axes, head splits, legality. Integers only, so one process can ask for any rank.
+
+Ranks are laid out with `ulysses` fastest, then `ring`, then `data`:
+
+    rank = (data_rank * ring + ring_rank) * ulysses + ulysses_rank
+
+so that the ranks of one all-to-all are neighbours (one node, fast links), the ranks that share a row are
+`rank // size`, and a ring crosses each pair of neighbouring nodes once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Axis = Literal["ulysses", "ring", "seq", "data"]
+AXES: tuple[Axis, ...] = ("ulysses", "ring", "seq", "data")
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Degrees of one run. `ulysses * ring` ranks share a row; there are `data` such groups."""
+
+    ulysses: int
+    ring: int
+    data: int
+
+    @property
+    def size(self) -> int:
+        """Ranks that share one row."""
+        return self.ulysses * self.ring
+
+    @property
+    def world(self) -> int:
+        return self.size * self.data
+
+    def coordinates(self, rank: int) -> tuple[int, int, int]:
+        """(ulysses, ring, data) rank of a global rank."""
+        return rank % self.ulysses, rank // self.ulysses % self.ring, rank // self.size
+
+    def groups(self, axis: Axis) -> list[list[int]]:
+        """All groups of an axis, each a list of global ranks in axis order; the same list on every rank."""
+        u, r, d = self.ulysses, self.ring, self.data
+        if axis == "ulysses":
+            return [list(range(start, start + u)) for start in range(0, self.world, u)]
+        if axis == "ring":
+            return [[(i * r + j) * u + k for j in range(r)] for i in range(d) for k in range(u)]
+        if axis == "seq":
+            return [list(range(i * self.size, (i + 1) * self.size)) for i in range(d)]
+        return [[i * self.size + k for i in range(d)] for k in range(self.size)]
+
+
+@dataclass(frozen=True)
+class HeadSplit:
+    """What one Ulysses rank computes: `query` consecutive query heads and the key/value heads that serve them."""
+
+    query: int
+    kv: int
+    kv_source: tuple[int, ...]
+    """For every Ulysses rank in order, the indices of its key/value heads: `kv` entries a rank. A head that stands
+    here more than once is replicated to that many ranks, and its gradients are summed."""
+
+
+def heads_illegal(ulysses: int, query_heads: int, kv_heads: int) -> str | None:
+    """Why `ulysses` ranks cannot split these heads, or None. The one place that knows the rule."""
+    if query_heads % ulysses:
+        return f"it does not divide the {query_heads} query heads"
+    if kv_heads % ulysses and ulysses % kv_heads:
+        return f"it neither divides nor is a multiple of the {kv_heads} key/value heads"
+    return None
+
+
+def split_heads(ulysses: int, query_heads: int, kv_heads: int) -> HeadSplit:
+    """Heads of each Ulysses rank; with fewer key/value heads than ranks each one is given to several ranks."""
+    reason = heads_illegal(ulysses, query_heads, kv_heads)
+    assert reason is None, reason
+    kv = max(kv_heads // ulysses, 1)
+    source = tuple(rank * kv_heads // ulysses + i for rank in range(ulysses) for i in range(kv))
+    return HeadSplit(query=query_heads // ulysses, kv=kv, kv_source=source)
+
+
+def legal_ulysses(size: int, heads: list[tuple[int, int]]) -> list[int]:
+    """Divisors of `size` that can split every (query heads, key/value heads) pair."""
+    return [d for d in range(1, size + 1) if size % d == 0 and all(heads_illegal(d, n, m) is None for n, m in heads)]
+
+
+def resolve(
+    size: int | Literal["auto"],
+    ulysses: int | Literal["auto"],
+    ring: int | Literal["auto"],
+    world: int,
+    local_world: int,
+    heads: list[tuple[int, int]],
+) -> Topology:
+    """Turns the sizes of the config into degrees, or refuses.
+
+    Args:
+        size, ulysses, ring: as written in the block.
+        world: ranks of the job. local_world: ranks on one node.
+        heads: (query heads, key/value heads) of every attention layer, repeats welcome.
+
+    Raises:
+        ValueError: no legal choice; the message names the legal ones.
+    """
+    if size == "auto":
+        size = world
+    if world % size:
+        legal = [d for d in range(1, world + 1) if world % d == 0]
+        raise ValueError(
+            f"sequence_parallel.size: {size} does not divide the {world} ranks of this job; use one of {legal} or start "
+            f"a multiple of {size} ranks"
+        )
+    choices = legal_ulysses(size, heads)
+    if ulysses == "auto" and ring == "auto":
+        # A node boundary inside an all-to-all group would put every layer's heads on the slow links.
+        inside = [d for d in choices if d <= local_world and local_world % d == 0]
+        ulysses = max(inside)
+    elif ulysses == "auto":
+        ulysses = size // ring if size % ring == 0 else 0
+    if ring == "auto":
+        ring = size // ulysses if size % ulysses == 0 else 0
+    if ulysses * ring != size:
+        raise ValueError(
+            f'sequence_parallel: ulysses_size {ulysses} x ring_size {ring} is not size {size}; change one or leave it "auto"'
+        )
+    for query_heads, kv_heads in dict.fromkeys(heads):
+        reason = heads_illegal(ulysses, query_heads, kv_heads)
+        if reason is not None:
+            raise ValueError(
+                f"sequence_parallel.ulysses_size: {ulysses} is not possible for this model: {reason}; legal for size "
+                f"{size}: {choices}, the rest goes into ring_size"
+            )
+    return Topology(ulysses=ulysses, ring=ring, data=world // size)

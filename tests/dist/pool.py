@@ -1,0 +1,99 @@
+"""Gloo workers that are started once per world size and then run functions: process start-up is paid once.
+
+A job is (module:function, keyword arguments); the function runs on every rank and returns something picklable. A failing rank's
+traceback is in the exception; a rank that does not answer in time ends the pool.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import queue
+import socket
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch.multiprocessing as mp
+
+TIMEOUT_S = 300
+
+
+class WorkerError(Exception):
+    """What the ranks raised: `errors[rank]` is (type name, message, traceback) or None."""
+
+    def __init__(self, errors: list[tuple[str, str, str] | None]) -> None:
+        self.errors = errors
+        first = next(e for e in errors if e is not None)
+        super().__init__(f"{sum(e is not None for e in errors)} of {len(errors)} ranks failed: {first[2]}")
+
+
+class Pool:
+    """`world` gloo ranks with one thread each."""
+
+    def __init__(self, world: int, local_world: int | None = None) -> None:
+        self.world = world
+        context = mp.get_context("spawn")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self._jobs = [context.Queue() for _ in range(world)]
+        self._results = context.Queue()
+        self._processes = [
+            context.Process(target=_work, args=(rank, world, local_world or world, port, self._jobs[rank], self._results), daemon=True)
+            for rank in range(world)
+        ]
+        for process in self._processes:
+            process.start()
+
+    def run(self, function: Callable[..., Any], **kwargs: Any) -> list[Any]:
+        """The results of all ranks, in rank order; raises WorkerError if any failed."""
+        for jobs in self._jobs:
+            jobs.put((f"{function.__module__}:{function.__qualname__}", kwargs))
+        results: dict[int, tuple[Any, Any]] = {}
+        for _ in range(self.world):
+            try:
+                rank, value, error = self._results.get(timeout=TIMEOUT_S)
+            except queue.Empty:
+                missing = sorted(set(range(self.world)) - set(results))
+                self.close()
+                raise TimeoutError(f"ranks {missing} of {self.world} did not answer in {TIMEOUT_S} s") from None
+            results[rank] = (value, error)
+        errors = [results[rank][1] for rank in range(self.world)]
+        if any(errors):
+            raise WorkerError(errors)
+        return [results[rank][0] for rank in range(self.world)]
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.join()
+
+
+def _work(rank: int, world: int, local_world: int, port: int, jobs: Any, results: Any) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(local_world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "DS_ACCELERATOR": "cpu",
+    }
+    import logging
+
+    import deepspeed
+    import torch
+
+    torch.set_num_threads(1)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # NaN in torch.empty, with the switch below
+    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+    while True:
+        name, kwargs = jobs.get()
+        module, _, function = name.partition(":")
+        try:
+            results.put((rank, getattr(importlib.import_module(module), function)(**kwargs), None))
+        except Exception as error:
+            results.put((rank, None, (type(error).__name__, str(error), traceback.format_exc())))
