@@ -54,7 +54,7 @@ class SequenceContext:
     documents: tuple[int, ...]
     rows: Rows
     targets: Tensor | None
-    """Number (or weight) of the targets of the whole micro-batch, 0-d fp32; None without labels."""
+    """Number (or weight) of the targets of the whole micro-batch, 0-d fp64; None without labels."""
     weights: Tensor | None
     """Local loss weights [1, T], shifted; None for ones."""
     census: Any
@@ -139,7 +139,7 @@ def unshard(gathered: Tensor, context: SequenceContext) -> Tensor:
 
 
 def count_targets(batch: Mapping[str, Any]) -> Tensor:
-    """Number (or weight) of the targets of a batch of whole rows, 0-d fp32, on its labels' device.
+    """Number (or weight) of the targets of a batch of whole rows, 0-d fp64, on its labels' device.
 
     The rule of the loss: what `num_items_in_batch` must be the sum of over the micro-batches of a step.
     """
@@ -262,7 +262,7 @@ def _shift(x_BS: Tensor, fill: float) -> Tensor:
 
 def _count(targets: Tensor, weights: Tensor | None) -> Tensor:
     valid = targets != IGNORE
-    return valid.sum().float() if weights is None else (weights.float() * valid).sum()
+    return valid.sum().double() if weights is None else (weights.double() * valid).sum()
 
 
 def _check_padding_has_no_targets(targets: Tensor | None, batch: Mapping[str, Any], rows: Rows) -> None:

@@ -60,7 +60,7 @@ def measure(ds_config: Mapping[str, Any], backward_divides: bool) -> float:
     engine = _one_parameter_engine(ds_config)
     values = [[1.0 + (rank + step) % 8 for step in range(ACCUMULATION)] for rank in range(dist.get_world_size())]
     for step in range(ACCUMULATION):
-        loss = engine(values[dist.get_rank()][step])
+        loss = engine(values[dist.get_rank()][step]) * 1.0  # not the engine's output itself, as in trainer.py
         engine.set_gradient_accumulation_boundary(step == ACCUMULATION - 1)
         engine.backward(loss, scale_wrt_gas=backward_divides)
         engine.step()

@@ -17,7 +17,7 @@ from ds_cp.mesh import Mesh
 class StepLoader:
     """Draws the micro-batches of one optimizer step, counts their targets over all replicas once, and yields them.
 
-    Every batch (a dict) gets `num_items_in_batch`, the 0-d fp32 number of targets of the global batch, which makes the loss
+    Every batch (a dict) gets `num_items_in_batch`, the 0-d fp64 number of targets of the global batch, which makes the loss
     exact over unequal micro-batches. All ranks of a sequence group get the same rows. An incomplete last step of an epoch is
     dropped, so every replica takes the same number of steps.
     """

@@ -65,7 +65,7 @@ class CausalLMLoss:
         return _Shown.apply(local, shown.to(local.dtype), factor)
 
     def _factors(self, cp: SequenceContext, items: Tensor | float | None, device: torch.device) -> tuple[Tensor, Tensor]:
-        """(factor on the local gradient, factor on the row's sum), 0-d."""
+        """(factor on the local gradient, factor on the row's sum), 0-d fp64."""
         topology, reduction = cp.mesh.topology, self.reduction
         if reduction == "auto":
             reduction = "mean" if items is None else "token_mean"
@@ -74,16 +74,19 @@ class CausalLMLoss:
                 "sequence_parallel.loss_reduction: token_mean needs num_items_in_batch in the batch, the number of targets "
                 "of the whole global batch; use ds_cp.initialize's loader, pass it yourself, or choose mean"
             )
-        one = torch.ones((), device=device)
+        one = torch.ones((), device=device, dtype=torch.float64)
         if reduction == "sum":
             return one * topology.world * self.divisor(), one
         if reduction == "mean":
-            inverse = 1 / cp.targets.to(device).clamp(min=torch.finfo(torch.float32).tiny)
-            inverse = torch.where(cp.targets.to(device) > 0, inverse, one)
+            inverse = _inverse(cp.targets.to(device))
             return inverse * topology.size, inverse
-        total = torch.as_tensor(items, dtype=torch.float32, device=device)
-        inverse = torch.where(total > 0, 1 / total.clamp(min=torch.finfo(torch.float32).tiny), one)
+        inverse = _inverse(torch.as_tensor(items, dtype=torch.float64, device=device))
         return inverse * topology.world * self.divisor(), inverse * topology.data
+
+
+def _inverse(count: Tensor) -> Tensor:
+    """1 / count, and 1 for a count of zero, whose sum is zero."""
+    return 1 / torch.where(count == 0, torch.ones_like(count), count)
 
 
 def _sum(logits: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:

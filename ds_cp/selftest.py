@@ -76,7 +76,8 @@ def reference(model: PreTrainedModel, batches: Sequence[Batch], reduction: str) 
     for batch, count in zip(batches, counts, strict=True):
         if count == 0:
             continue
-        mean = model(**batch).loss
+        # With a cache transformers does not look for documents in position_ids, and they would attend each other.
+        mean = model(**batch, use_cache=False).loss
         scale = {"mean": 1 / len(batches), "token_mean": count / sum(counts), "sum": count}[reduction]
         (mean * scale).backward()
         total += float(mean.detach()) * scale
@@ -136,3 +137,70 @@ def full_parameters(model: nn.Module) -> dict[str, Tensor]:
 
 def _gradient(parameter: Tensor) -> Tensor:
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.detach().clone()
+
+
+def sharded_low_precision(model: nn.Module, config: dict[str, Any], batches: Sequence[Batch]) -> tuple[float, dict[str, Tensor]]:
+    """Like `sharded` for one replica and one micro-batch, with the gradient read from DeepSpeed's fp32 accumulator."""
+    from deepspeed.utils import safe_get_full_grad
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    engine, *_ = engines.initialize(model=model, optimizer=optimizer, config=config)
+    loss = engine(**batches[0]).loss
+    engine.backward(loss)
+    gradients = {name: safe_get_full_grad(p).detach().float().clone() for name, p in engine.module.named_parameters()}
+    engine.step()
+    engines.attach.handle_of(engine).remove()
+    engine.destroy()
+    return float(loss.detach()), gradients
+
+
+def parity_without_deepspeed(model_type: str, kernel: str, ulysses: int, ring: int, batch: Batch) -> float:
+    """Worst relative gradient error of the fp64 model, hooks and communication only; `ulysses * ring` is the job's world.
+
+    HF computes its loss (and RMSNorm) in fp32, which would bound the error from below: the reference's loss is fp64 here, and the
+    model should be one without RMSNorm.
+    """
+    alone = tiny_model(model_type).double()
+    alone.loss_function = _fp64_loss
+    wanted = reference(alone, [batch], "mean")
+    model = tiny_model(model_type).double()
+    topology = engines.topology.Topology(ulysses=ulysses, ring=ring, data=1)
+    block = engines.Config(size=ulysses * ring, ulysses_size=ulysses, ring_size=ring, attention_kernel=kernel)
+    mesh = engines.mesh.build(topology, timeout_s=60)
+    handle = engines.attach_model(model, block, mesh, divisor=lambda: 1)
+    loss = model(**batch).loss
+    loss.backward()
+    gradients = {name: engines.comm.all_sum(_gradient(p), mesh.seq.group) / topology.size for name, p in model.named_parameters()}
+    handle.remove()
+    report = compare(float(loss.detach()), gradients, *wanted)
+    return max(report.loss_error, report.worst[1])
+
+
+def _fp64_loss(logits: Tensor, labels: Tensor, **_: Any) -> Tensor:
+    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
+def trajectory_error(model_type: str, block: dict[str, Any], stage: int, batches: Sequence[Batch], accumulation: int) -> float:
+    """Largest relative weight difference after training on all batches with AdamW and clipping, against one process."""
+    alone = tiny_model(model_type)
+    optimizer = torch.optim.AdamW(alone.parameters(), lr=1e-3)
+    for start in range(0, len(batches), accumulation):
+        _, gradients = reference(alone, batches[start : start + accumulation], "token_mean")
+        for name, parameter in alone.named_parameters():
+            parameter.grad = gradients[name]
+        torch.nn.utils.clip_grad_norm_(alone.parameters(), 1.0)
+        optimizer.step()
+    model = tiny_model(model_type)
+    config = {**ds_config(stage, block, accumulation), "gradient_clipping": 1.0}
+    engine, *_ = engines.initialize(model=model, optimizer=torch.optim.AdamW(model.parameters(), lr=1e-3), config=config)
+    for start in range(0, len(batches), accumulation):
+        step = batches[start : start + accumulation]
+        items = sum(float(count_targets(batch)) for batch in step)
+        for batch in step:
+            engine.backward(engine(**batch, num_items_in_batch=items).loss)
+            engine.step()
+    wanted = {name: p.detach() for name, p in alone.named_parameters()}
+    report = compare(0.0, full_parameters(engine.module), 0.0, wanted)
+    engines.attach.handle_of(engine).remove()
+    engine.destroy()
+    return report.worst[1]

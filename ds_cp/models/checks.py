@@ -13,7 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ds_cp.models import family_of, model_types
 
-RECURRENT = ("deltanet", "mamba", "recurrent", "rwkv", "ssm", "shortconv", "linearattention", "lightningattention")
+RECURRENT = ("deltanet", "mamba", "recurrent", "rwkv", "shortconv", "linearattention", "lightningattention")
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
@@ -85,7 +85,7 @@ def _of_layers(model: PreTrainedModel, config: PretrainedConfig) -> Iterator[str
     for name, module in attention_modules(model).items():
         if not getattr(module, "is_causal", True):
             yield f"{name}.is_causal is False: its attention is not causal"
-        window = getattr(module, "sliding_window", None) or getattr(config, "sliding_window", None)
+        window = getattr(module, "sliding_window", getattr(config, "sliding_window", None))  # per layer where it is
         if window:
             yield f"{name} has a sliding window of {window}: set config.sliding_window to None for full attention"
 

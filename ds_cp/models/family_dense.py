@@ -44,7 +44,7 @@ _TINY_OF: dict[str, dict[str, Any]] = {
     "gemma": {"head_dim": 8},
     "qwen3": {"head_dim": 16},
     "smollm3": {"head_dim": 8},
-    "seed_oss": {"head_dim": 8},
+    "seed_oss": {"head_dim": 8, "residual_dropout": 0.0},
 }
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import deepspeed
 import torch
 
-from ds_cp import selftest
+import ds_cp
+from ds_cp import factor, selftest
 from ds_cp.batch import IGNORE, count_targets
+from ds_cp.models import attach
 
 
 def rows(count: int, length: int, vocab: int = 96, seed: int = 1) -> list[dict[str, Any]]:
@@ -44,4 +47,180 @@ def parity(
     return report.loss, report.loss_error, *report.worst
 
 
-__all__ = ["IGNORE", "parity", "rows"]
+def bf16_errors(block: dict[str, Any], stage: int) -> tuple[float, float]:
+    """Worst relative gradient error against fp32 of (ours in bf16, HF in one process in bf16)."""
+    batches = rows(1, 64)
+    wanted = selftest.reference(selftest.tiny_model("llama"), batches, "mean")
+    theirs = selftest.compare(*selftest.reference(selftest.tiny_model("llama").bfloat16(), batches, "mean"), *wanted)
+    config = {**selftest.ds_config(stage, {**block, "loss_reduction": "mean"}), "bf16": {"enabled": True}}
+    # bf16 weights cannot hold (old - LR * g), so the gradient is read where the optimizer reads it.
+    ours = selftest.compare(*selftest.sharded_low_precision(selftest.tiny_model("llama"), config, batches), *wanted)
+    return ours.worst[1], theirs.worst[1]
+
+
+def fp64_parity(ulysses: int, ring: int) -> dict[str, float]:
+    """Worst relative gradient error per kernel of the fp64 model under hooks alone, packed and whole rows."""
+    errors = {}
+    for kernel in ("reference", "torch_cpu"):
+        for lengths in ([50], [13, 1, 1, 22, 13]):
+            positions = torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0)
+            batch = {**rows(1, 50)[0], "position_ids": positions}
+            errors[f"{kernel} {lengths}"] = selftest.parity_without_deepspeed("gpt_neox", kernel, ulysses, ring, batch)
+    return errors
+
+
+def thirty_steps(block: dict[str, Any], stage: int) -> float:
+    """Largest relative difference of the weights after 30 AdamW steps with clipping, accumulation 2, token_mean."""
+    return selftest.trajectory_error("llama", {**block, "loss_reduction": "token_mean"}, stage, rows(60, 40), accumulation=2)
+
+
+class Rows(torch.utils.data.Dataset):
+    """`count` rows of 24 tokens; row i starts with token i and has another number of targets than its neighbours."""
+
+    def __init__(self, count: int, length: int = 24) -> None:
+        self.rows = rows(count, length)
+        for index, row in enumerate(self.rows):
+            row["input_ids"][0, 0] = index
+            row["labels"][0, : 1 + index] = IGNORE
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {key: value[0] for key, value in self.rows[index].items()}
+
+
+def targets_of(row: int) -> float:
+    return 24.0 - 1 - row
+
+
+def started(
+    block: dict[str, Any], accumulation: int = 1, stage: int = 1, changes: dict[str, Any] | None = None, **kwargs: Any
+) -> tuple[Any, Any]:
+    """(engine, loader) of a tiny llama under SGD."""
+    model = selftest.tiny_model("llama", **(changes or {}))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    config = selftest.ds_config(stage, block, accumulation)
+    engine, _, loader, _ = ds_cp.initialize(model=model, optimizer=optimizer, config=config, **kwargs)
+    return engine, loader
+
+
+def loader_rows(block: dict[str, Any], accumulation: int, count: int) -> tuple[list[int], list[float]]:
+    engine, loader = started(block, accumulation, training_data=Rows(count))
+    batches = list(loader)
+    assert len(batches) == len(loader)
+    for batch in batches:
+        engine.backward(engine(**batch).loss)
+        engine.step()
+    assert [int(b["input_ids"][0, 0]) for b in loader] != [int(b["input_ids"][0, 0]) for b in batches], "next epoch, next order"
+    engine.destroy()
+    return [int(b["input_ids"][0, 0]) for b in batches], [float(b["num_items_in_batch"]) for b in batches]
+
+
+def unsharded_logits(block: dict[str, Any], batch: dict[str, Any]) -> tuple[float, float, int]:
+    """Relative errors of the whole rows' logits and of one parameter's gradient through them; local length."""
+    kept = batch["attention_mask"].bool()
+    weight = torch.randn(*kept.shape, 96, generator=torch.Generator().manual_seed(5))
+    alone = selftest.tiny_model("llama")
+    wanted = alone(**batch).logits
+    (wanted * weight)[kept].sum().backward()
+    engine, _ = started(block)
+    local = engine(**batch).logits
+    whole = ds_cp.unshard(local)
+    (whole * weight)[kept].sum().backward()
+    name = "model.layers.0.self_attn.k_proj.weight"
+    gradient = dict(engine.module.named_parameters())[name].grad
+    if gradient is None:
+        gradient = deepspeed.utils.safe_get_full_grad(dict(engine.module.named_parameters())[name])
+    reference = dict(alone.named_parameters())[name].grad
+    error = float((whole - wanted).abs()[kept].max() / wanted.abs().max())
+    engine.destroy()
+    return error, float((gradient - reference).abs().max() / reference.abs().max()), local.shape[1]
+
+
+def disabled_outputs(block: dict[str, Any]) -> tuple[bool, int]:
+    """Whether logits inside `disabled` are HF's own to the bit, and how many tokens were generated."""
+    ids = rows(1, 20)[0]["input_ids"]
+    engine, _ = started(block)
+    engine(input_ids=ids, labels=ids)
+    with ds_cp.disabled(engine), torch.no_grad():
+        inside = engine.module(input_ids=ids).logits
+        generated = engine.module.generate(input_ids=ids, max_new_tokens=5, min_new_tokens=5, do_sample=False)
+    wanted = selftest.tiny_model("llama")(input_ids=ids).logits
+    assert engine(input_ids=ids, labels=ids).logits.shape[1] < 20, "sharded again after the block"
+    engine.destroy()
+    return torch.equal(inside, wanted), generated.shape[1] - 20
+
+
+def evaluation_error(block: dict[str, Any]) -> float:
+    batch = rows(1, 30)[0]
+    wanted = float(selftest.tiny_model("llama")(**batch).loss)
+    engine, _ = started(block)
+    engine.eval()
+    with torch.no_grad():
+        got = float(engine(**batch).loss)
+    engine.destroy()
+    return abs(got - wanted) / wanted
+
+
+def train_and_save(block: dict[str, Any], folder: str) -> float:
+    """Two steps, save, one more step; the loss after it."""
+    engine, _ = started(block, stage=3)
+    data = rows(4, 40)
+    _steps(engine, data[:2])
+    engine.save_checkpoint(folder, tag="two")
+    _steps(engine, data[2:3])
+    return _loss_and_destroy(engine, data[3])
+
+
+def resume(block: dict[str, Any], folder: str) -> float:
+    engine, _ = started(block, stage=3)
+    engine.load_checkpoint(folder, tag="two")
+    data = rows(4, 40)
+    _steps(engine, data[2:3])
+    return _loss_and_destroy(engine, data[3])
+
+
+def _steps(engine: Any, data: list[dict[str, Any]]) -> None:
+    for batch in data:
+        engine.backward(engine(**batch).loss)
+        engine.step()
+
+
+def _loss_and_destroy(engine: Any, batch: dict[str, Any]) -> float:
+    with torch.no_grad():
+        loss = float(engine(**batch).loss)
+    engine.destroy()
+    return loss
+
+
+def measured_factor(stage: int, backward_divides: bool) -> float:
+    return factor.measure({"zero_optimization": {"stage": stage}}, backward_divides)
+
+
+def verified_factor(config: dict[str, Any]) -> float:
+    return factor.verify(config, backward_divides=True)
+
+
+def initialize_only(block: dict[str, Any], changes: dict[str, Any] | None = None, mpu: Any = None) -> None:
+    engine, _ = started(block, changes=changes, mpu=mpu)
+    engine.destroy()
+
+
+def degrees(block: dict[str, Any]) -> tuple[int, int, int]:
+    engine, _ = started(block)
+    topology = attach.handle_of(engine).mesh.topology
+    engine.destroy()
+    return topology.ulysses, topology.ring, topology.data
+
+
+def different_rows(block: dict[str, Any]) -> None:
+    engine, _ = started(block)
+    engine(**rows(1, 20, seed=torch.distributed.get_rank() // 3)[0])
+
+
+def bad_batch(block: dict[str, Any], key: str) -> None:
+    engine, _ = started(block)
+    batch = rows(1, 20)[0]
+    wrong = {"something": torch.zeros(1, 20), "none": None}.get(key, torch.zeros(1, 17, dtype=torch.long))
+    engine(**(batch if wrong is None else {**batch, key: wrong}))

@@ -40,7 +40,9 @@ class Pool:
         self._jobs = [context.Queue() for _ in range(world)]
         self._results = context.Queue()
         self._processes = [
-            context.Process(target=_work, args=(rank, world, local_world or world, port, self._jobs[rank], self._results), daemon=True)
+            context.Process(
+                target=_work, args=(rank, world, local_world or world, port, self._jobs[rank], self._results), daemon=True
+            )
             for rank in range(world)
         ]
         for process in self._processes:

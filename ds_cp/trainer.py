@@ -1,0 +1,214 @@
+"""HF Trainer under sequence parallelism: the same arguments, rows counted by sequence group.
+
+`TrainerMixin` goes in front of any Trainer subclass. It attaches the model, gives every rank of a group the same rows, counts
+the targets of a whole optimizer step, and leaves everything else (accumulation, clipping, saving, schedules) to HF.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import Trainer as HfTrainer
+
+from ds_cp import comm, config, engine, factor
+from ds_cp.batch import DOCUMENT_KEYS, count_targets
+from ds_cp.mesh import Mesh
+
+
+class TrainerMixin:
+    """Put in front of `transformers.Trainer` or a subclass: `class SFT(ds_cp.TrainerMixin, trl.SFTTrainer): ...`.
+
+    Needs `TrainingArguments(deepspeed=...)` whose config has a `sequence_parallel` block; with size 1, or without the block, the
+    class behind it is unchanged. `per_device_train_batch_size` counts rows per sequence group.
+
+    Raises:
+        ValueError: from the constructor, on every rank: the model, the sizes, the launch or an argument is not supported.
+    """
+
+    cp_mesh: Mesh | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        ds_config = _deepspeed_config(self)
+        block = config.parse(ds_config)
+        if block.size == 1:
+            return
+        _check_launch(self.accelerator.num_processes)
+        _check_arguments(self)
+        mesh = engine.prepare(self.model, block)
+        factor.verify(ds_config, backward_divides=False)  # HF passes scale_wrt_gas=False
+        engine.attach_model(self.model, block, mesh, divisor=lambda: 1)
+        if block.loss_reduction in ("mean", "sum"):
+            self.model_accepts_loss_kwargs = False  # no num_items_in_batch
+        self.loss_is_scaled_for_ga = {"mean": False, "token_mean": True, "sum": True}.get(block.loss_reduction)
+        self.cp_mesh = mesh
+        self._cp_tokens, self._cp_paused, self._cp_clock = 0, 0.0, None
+
+    def get_cp_size(self) -> int:
+        """Ranks that share a row, by which HF divides the global batch."""
+        return super().get_cp_size() if self.cp_mesh is None else self.cp_mesh.seq.size
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
+        """The loss of the whole rows: `ds_cp.loss` has applied the reduction, so nothing is multiplied here."""
+        if self.cp_mesh is None:
+            return super().compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
+        if model.training:
+            self._count_tokens(inputs)
+        counted = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
+        outputs = model(**inputs, **counted)
+        if outputs.loss is None:
+            raise ValueError("batch: no labels, so the model returned no loss; add `labels` to what the collator returns")
+        # At ZeRO 0 DeepSpeed takes an engine's own output for a loss that `backward` did not scale, and divides it once more.
+        loss = outputs.loss * 1.0
+        return (loss, outputs) if return_outputs else loss
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Sharded evaluation; logits, where metrics ask for them, are those of the whole rows."""
+        if self.cp_mesh is None or prediction_loss_only:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys=ignore_keys)
+        inputs = self._prepare_inputs(inputs)
+        items = self._get_num_items_in_batch([inputs], self.args.device)
+        with torch.no_grad():
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True, num_items_in_batch=items)
+            logits = engine.unshard(outputs.logits)
+        return loss.detach(), logits.detach(), inputs.get("labels")
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        if self.cp_mesh is None:
+            return super().evaluation_loop(*args, **kwargs)
+        start = time.perf_counter()
+        self.gather_function = self._gather_rows
+        try:
+            return super().evaluation_loop(*args, **kwargs)
+        finally:
+            self._cp_paused += time.perf_counter() - start
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """HF's log, with `tokens_per_second` of the whole job beside every training loss."""
+        if self.cp_mesh is not None and "loss" in logs and self._cp_clock is not None:
+            now = time.perf_counter()
+            seconds = now - self._cp_clock - self._cp_paused
+            logs = {**logs, "tokens_per_second": round(self._cp_tokens * self.cp_mesh.data.size / max(seconds, 1e-9), 1)}
+            self._cp_tokens, self._cp_paused, self._cp_clock = 0, 0.0, now
+        super().log(logs, start_time)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        return super().floating_point_ops(inputs) // self.get_cp_size()  # HF sums over ranks, which share the row
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        loader = super()._get_dataloader(*args, **kwargs)
+        if self.cp_mesh is not None:
+            _share_rows(loader, self.cp_mesh)
+        return loader
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor | int | None:
+        if self.cp_mesh is None:
+            return super()._get_num_items_in_batch(batch_samples, device)
+        labelled = all("labels" in batch or "shift_labels" in batch for batch in batch_samples)
+        if not (self.model_accepts_loss_kwargs and batch_samples and labelled):
+            return None
+        local = torch.stack([count_targets(batch).to(device) for batch in batch_samples]).sum()
+        if self.args.average_tokens_across_devices:
+            return comm.all_sum(local, self.cp_mesh.data.group)
+        return local * self.cp_mesh.data.size  # each replica divides by its own count, then replicas are averaged
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if self.cp_mesh is not None:
+            extra = [key for key in (*DOCUMENT_KEYS, "shift_labels", "loss_weights") if key not in self._signature_columns]
+            self._signature_columns = [*self._signature_columns, *extra]
+
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        before = self.state.num_input_tokens_seen
+        super()._track_num_input_tokens(inputs)
+        self.state.num_input_tokens_seen = before + (self.state.num_input_tokens_seen - before) // self.get_cp_size()
+
+    def _count_tokens(self, inputs: Mapping[str, Any]) -> None:
+        self._cp_clock = time.perf_counter() if self._cp_clock is None else self._cp_clock
+        tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+        self._cp_tokens += tokens.shape[0] * tokens.shape[1]
+
+    def _gather_rows(self, tensors: Any) -> Any:
+        """One entry per row from all replicas, without the repeats that accelerate added to even the last batch."""
+        state, size = self.accelerator.gradient_state, self.get_cp_size()
+        remainder = state.remainder if state.end_of_dataloader else -1
+
+        def one_per_group(x: Tensor) -> Tensor:
+            rows = x.unflatten(0, (self.cp_mesh.data.size, size, -1))[:, 0].flatten(0, 1)
+            return rows[:remainder] if remainder > 0 else rows
+
+        gathered = self.accelerator.gather(tensors)
+        return one_per_group(gathered) if isinstance(gathered, Tensor) else type(gathered)(map(one_per_group, gathered))
+
+
+class Trainer(TrainerMixin, HfTrainer):
+    """`transformers.Trainer` whose rows may be longer than one GPU: see `TrainerMixin`."""
+
+
+def _deepspeed_config(trainer: HfTrainer) -> Mapping[str, Any]:
+    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+    if plugin is None:
+        raise ValueError(
+            "ds_cp.Trainer: DeepSpeed is not active, so there is no sequence_parallel block to read; pass "
+            "TrainingArguments(deepspeed='ds_config.json')"
+        )
+    return plugin.deepspeed_config
+
+
+def _check_launch(processes: int) -> None:
+    launched = int(os.environ.get("WORLD_SIZE", os.environ.get("OMPI_COMM_WORLD_SIZE", 1)))
+    if processes != launched:
+        raise ValueError(
+            f"world size: the launcher started {launched} ranks, accelerate sees {processes}, so every rank would train on the "
+            "same rows; on CPU pass TrainingArguments(use_cpu=True) (--use_cpu)"
+        )
+
+
+def _check_arguments(trainer: HfTrainer) -> None:
+    """Arguments of HF's whose meaning this version would change without a word."""
+    args = trainer.args
+    refused = {
+        "label_smoothing_factor": (args.label_smoothing_factor, "set it to 0"),
+        "compute_loss_func": (trainer.compute_loss_func is not None, "leave it out: it would see one shard's logits"),
+        "model_init": (trainer.model_init is not None, "pass the model itself"),
+        "use_liger_kernel": (args.use_liger_kernel, "set it to False"),
+        "torch_compile": (args.torch_compile, "set it to False"),
+        "auto_find_batch_size": (args.auto_find_batch_size, "set it to False"),
+    }
+    for name, (given, advice) in refused.items():
+        if given:
+            raise ValueError(f"{name}: not in this version of ds_cp under sequence parallelism; {advice}")
+    if args.accelerator_config.split_batches or args.accelerator_config.dispatch_batches:
+        raise ValueError(
+            "accelerator_config: split_batches and dispatch_batches hand out batches by global rank, but the ranks of a sequence "
+            "group need the same row; leave both unset"
+        )
+
+
+def _share_rows(loader: DataLoader, mesh: Mesh) -> None:
+    """Makes accelerate's shard of the data that of this rank's sequence group."""
+    for part in (getattr(loader, "batch_sampler", None), getattr(loader, "dataset", None)):
+        if hasattr(part, "process_index") and hasattr(part, "num_processes"):
+            part.num_processes, part.process_index = mesh.data.size, mesh.data.rank
+            if mesh.data.size == 1 and hasattr(part, "even_batches"):
+                part.even_batches = False  # as in one process: a short last batch stays short
+            return
+    if mesh.topology.world > 1:
+        raise ValueError(
+            f"data: {type(loader).__name__} does not shard by process in a way ds_cp knows; pass a map-style dataset, or an "
+            "IterableDataset with accelerator_config={'dispatch_batches': False}"
+        )

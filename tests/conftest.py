@@ -1,0 +1,23 @@
+"""The build folder of torch extensions is inside the work tree, and their build happens once, before any test."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / ".cache" / "torch_extensions"))
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def built_extension() -> None:
+    """DeepSpeed builds its CPU op at the first init_distributed; several ranks would each wait for one lock."""
+    if os.environ["DS_ACCELERATOR"] == "cpu":
+        code = "from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder; ShareMemCommBuilder().load(verbose=False)"
+        subprocess.run([sys.executable, "-c", code], check=True, timeout=600, cwd=ROOT, stdout=subprocess.DEVNULL)

@@ -1,0 +1,24 @@
+"""One pool of workers per world size, shared by every distributed test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.dist.pool import Pool
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[Callable[..., Pool]]:
+    pools: dict[tuple[int, int | None], Pool] = {}
+
+    def get(world: int, local_world: int | None = None) -> Pool:
+        key = (world, local_world)
+        if key not in pools:
+            pools[key] = Pool(world, local_world)
+        return pools[key]
+
+    yield get
+    for started in pools.values():
+        started.close()

@@ -1,0 +1,259 @@
+"""Layouts and tiles against the definition: a token attends the tokens of its own document up to itself, once.
+
+R ring ranks, U Ulysses ranks. Everything is integers, so one process looks at all ranks and all steps.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from itertools import pairwise
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from ds_cp import layout as layouts
+from ds_cp import tiles
+from ds_cp.layout import Layout
+from ds_cp.tiles import Tile
+
+NAMES = ("zigzag", "contiguous")
+
+
+@st.composite
+def rows(draw: st.DrawFn) -> tuple[Layout, tuple[int, ...]]:
+    """A layout of a row, and the documents of the padded row as `batch` gives them: the padding is one of its own."""
+    tokens = draw(st.integers(1, 96))
+    cuts = draw(st.sets(st.integers(1, max(tokens - 1, 1)), max_size=24))
+    plan = layouts.build(draw(st.sampled_from(NAMES)), tokens, draw(st.integers(1, 8)), draw(st.integers(1, 4)))
+    return plan, documents_of(plan, tokens, cuts)
+
+
+def documents_of(plan: Layout, tokens: int, cuts: set[int] | Sequence[int] = ()) -> tuple[int, ...]:
+    return tuple(sorted({0, *cuts, tokens, plan.length}))
+
+
+def one_document(name: str, tokens: int, ring: int, ulysses: int) -> tuple[Layout, tuple[int, ...]]:
+    plan = layouts.build(name, tokens, ring, ulysses)
+    return plan, documents_of(plan, tokens)
+
+
+def tokens_of(ranges: Sequence[tuple[int, int]]) -> torch.Tensor:
+    return torch.cat([torch.arange(start, end) for start, end in ranges])
+
+
+def allowed(documents: Sequence[int]) -> torch.Tensor:
+    """[S, S], from the definition: the same document, and the key no later than the query."""
+    token = torch.arange(documents[-1])
+    document = sum((token >= start).long() for start in documents[1:])
+    return (document[:, None] == document[None, :]) & (token[:, None] >= token[None, :])
+
+
+def pairs(tile: Tile) -> torch.Tensor:
+    """[q, k] of a tile, as a kernel reads it."""
+    if tile.documents is not None:
+        assert tile.documents[-1] == tile.q_end - tile.q_start == tile.k_end - tile.k_start
+        return allowed(tile.documents)
+    return torch.ones(tile.q_end - tile.q_start, tile.k_end - tile.k_start, dtype=torch.bool)
+
+
+def computed(plan: Layout, documents: Sequence[int], ring_rank: int) -> torch.Tensor:
+    """[S, S]: how often each (query, key) pair of the row is computed on this ring rank, over all steps."""
+    count = torch.zeros(plan.length, plan.length, dtype=torch.long)
+    mine = tokens_of(plan.ring_ranges(ring_rank))
+    for step, found in enumerate(tiles.plan(plan, ring_rank, documents)):
+        theirs = tokens_of(plan.ring_ranges((ring_rank - step) % plan.ring))
+        for tile in found:
+            queries, keys = mine[tile.q_start : tile.q_end], theirs[tile.k_start : tile.k_end]
+            assert (len(queries), len(keys)) == (tile.q_end - tile.q_start, tile.k_end - tile.k_start), "slices out of range"
+            count[queries[:, None], keys[None, :]] += pairs(tile)
+    return count
+
+
+def assert_exact(plan: Layout, documents: Sequence[int]) -> None:
+    count = sum(computed(plan, documents, rank) for rank in range(plan.ring))
+    assert torch.equal(count, allowed(documents).long())
+
+
+# Layout
+
+
+@given(
+    name=st.sampled_from(NAMES),
+    tokens=st.integers(1, 200),
+    ring=st.integers(1, 8),
+    ulysses=st.integers(1, 4),
+)
+def test_the_padded_row_is_the_shortest_that_all_ranks_share_equally(name: str, tokens: int, ring: int, ulysses: int) -> None:
+    plan = layouts.build(name, tokens, ring, ulysses)
+    multiple = layouts.pad_multiple(name, ring, ulysses)
+    assert multiple == (2 if name == "zigzag" and ring > 1 else 1) * ring * ulysses
+    assert plan.length == min(n for n in range(multiple, tokens + multiple, multiple) if n >= tokens)
+    assert (plan.ring, plan.ulysses) == (ring, ulysses)
+
+
+@given(rows())
+def test_local_ranges_partition_the_row_into_equal_ascending_parts(row: tuple[Layout, tuple[int, ...]]) -> None:
+    plan, _ = row
+    ranks = [(r, u) for r in range(plan.ring) for u in range(plan.ulysses)]
+    parts = [tokens_of(plan.local_ranges(r, u)) for r, u in ranks]
+    assert {len(part) for part in parts} == {plan.length // len(ranks)}
+    assert all(bool((part.diff() > 0).all()) for part in parts)
+    assert torch.cat(parts).sort().values.tolist() == list(range(plan.length))
+
+
+@given(rows())
+def test_ulysses_ranks_hold_consecutive_pieces_of_their_ring_rank(row: tuple[Layout, tuple[int, ...]]) -> None:
+    plan, _ = row
+    for r in range(plan.ring):
+        pieces = [tokens_of(plan.local_ranges(r, u)) for u in range(plan.ulysses)]
+        assert torch.equal(torch.cat(pieces), tokens_of(plan.ring_ranges(r)))
+
+
+@given(rows())
+def test_gathered_order_is_a_permutation_in_the_order_of_the_shards(row: tuple[Layout, tuple[int, ...]]) -> None:
+    plan, _ = row
+    order = tokens_of(layouts.gathered_order(plan))
+    assert order.sort().values.tolist() == list(range(plan.length))
+    piece = plan.length // plan.ring // plan.ulysses
+    for r in range(plan.ring):
+        for u in range(plan.ulysses):
+            start = (r * plan.ulysses + u) * piece  # the seq group's order: ulysses fastest
+            assert torch.equal(order[start : start + piece], tokens_of(plan.local_ranges(r, u)))
+
+
+def test_zigzag_pairs_early_chunks_with_late_ones_and_contiguous_does_not() -> None:
+    assert layouts.build("zigzag", 24, 3, 2).chunks == ((0, 5), (1, 4), (2, 3))
+    assert layouts.build("zigzag", 24, 3, 2).chunk == 4
+    assert layouts.build("contiguous", 24, 3, 2).chunks == ((0,), (1,), (2,))
+    assert layouts.build("zigzag", 24, 1, 2).chunks == ((0,),)
+
+
+@given(ring=st.integers(1, 8), ulysses=st.integers(1, 4), chunk=st.integers(1, 4))
+def test_zigzag_gives_every_ring_rank_the_same_causal_work_for_one_document(ring: int, ulysses: int, chunk: int) -> None:
+    tokens = chunk * layouts.pad_multiple("zigzag", ring, ulysses)
+    plan, documents = one_document("zigzag", tokens, ring, ulysses)
+    work = {int(computed(plan, documents, rank).sum()) for rank in range(ring)}
+    assert work == {tokens * (tokens + 1) // 2 // ring}
+
+
+@given(ring=st.integers(2, 8), chunk=st.integers(1, 4))
+def test_zigzag_balances_every_ring_step_but_the_first(ring: int, chunk: int) -> None:
+    plan, documents = one_document("zigzag", 2 * ring * chunk, ring, 1)
+    for step in range(1, ring):
+        work = {sum(int(pairs(t).sum()) for t in tiles.plan(plan, rank, documents)[step]) for rank in range(ring)}
+        assert work == {2 * chunk * chunk}
+
+
+# Tiles
+
+
+@settings(max_examples=250)
+@given(rows())
+def test_every_allowed_pair_is_computed_exactly_once_and_nothing_else(row: tuple[Layout, tuple[int, ...]]) -> None:
+    assert_exact(*row)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("ulysses", [1, 2, 3, 4])
+@pytest.mark.parametrize("ring", [1, 2, 3, 5, 8])
+def test_a_row_shorter_than_the_ranks_is_padded_and_exact(name: str, ring: int, ulysses: int) -> None:
+    for tokens in {1, max(ring * ulysses // 2, 1), max(ring * ulysses - 1, 1)}:
+        plan, documents = one_document(name, tokens, ring, ulysses)
+        assert plan.length == layouts.pad_multiple(name, ring, ulysses)
+        assert_exact(plan, documents)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("ring", [1, 2, 4, 8])
+def test_one_token_documents_attend_themselves_and_need_no_other_rank(name: str, ring: int) -> None:
+    plan = layouts.build(name, 64, ring, 2)
+    documents = tuple(range(plan.length + 1))
+    assert_exact(plan, documents)
+    for rank in range(ring):
+        assert all(later == () for later in tiles.plan(plan, rank, documents)[1:])
+
+
+@given(rows())
+@example(one_document("zigzag", 64, 8, 1))
+def test_a_step_has_at_most_one_rectangle_per_local_chunk(row: tuple[Layout, tuple[int, ...]]) -> None:
+    plan, documents = row
+    for rank in range(plan.ring):
+        for found in tiles.plan(plan, rank, documents)[1:]:
+            assert len(found) <= len(plan.chunks[rank])
+            assert all(tile.documents is None for tile in found)
+            chunks_begun = [tile.q_start * len(plan.chunks[rank]) // (plan.length // plan.ring) for tile in found]
+            assert chunks_begun == sorted(set(chunks_begun))
+
+
+@given(rows())
+def test_the_first_step_is_one_causal_call_over_all_local_tokens(row: tuple[Layout, tuple[int, ...]]) -> None:
+    plan, documents = row
+    for rank in range(plan.ring):
+        (own,) = tiles.plan(plan, rank, documents)[0]
+        local = plan.length // plan.ring
+        assert (own.q_start, own.q_end, own.k_start, own.k_end) == (0, local, 0, local)
+        assert own.causal
+        assert own.documents is not None
+        assert (own.documents[0], own.documents[-1]) == (0, local)
+        assert all(a < b for a, b in pairwise(own.documents))
+
+
+@given(rows())
+def test_a_plan_has_one_entry_per_ring_step(row: tuple[Layout, tuple[int, ...]]) -> None:
+    plan, documents = row
+    assert [len(tiles.plan(plan, rank, documents)) for rank in range(plan.ring)] == [plan.ring] * plan.ring
+
+
+def test_neighbouring_rectangles_with_the_same_keys_become_one() -> None:
+    plan, documents = one_document("zigzag", 16, 2, 1)  # rank 1 holds chunks 1 and 2, rank 0 chunks 0 and 3
+    assert tiles.plan(plan, 1, documents)[1] == (Tile(0, 8, 0, 4),)
+    assert tiles.plan(plan, 0, documents)[1] == (Tile(4, 8, 0, 8),)
+
+
+# Cost
+
+
+def operations(plan: Layout, documents: tuple[int, ...]) -> int:
+    """Bytecodes that planning executes in ds_cp's own code, over all ring ranks: no clock, so the same on a busy machine."""
+    files, count = {tiles.__file__, layouts.__file__}, 0
+
+    def trace(frame: FrameType, event: str, arg: Any) -> Any:
+        nonlocal count
+        if frame.f_code.co_filename not in files:
+            return None
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        count += event == "opcode"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        for rank in range(plan.ring):
+            tiles.plan(plan, rank, documents)
+    finally:
+        sys.settrace(before)
+    return count
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_planning_is_linear_in_the_documents(name: str) -> None:
+    def cost(count: int) -> int:
+        plan = layouts.build(name, 16 * count, ring=8, ulysses=1)
+        return operations(plan, documents_of(plan, 16 * count, range(16, 16 * count, 16)))
+
+    none, half, whole = cost(1), cost(2048), cost(4096)
+    assert whole - none <= 2.2 * (half - none)
+    assert whole <= none + 100 * 4096
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_planning_does_not_depend_on_the_length_of_the_row(name: str) -> None:
+    def cost(tokens: int) -> int:
+        return operations(*one_document(name, tokens, 8, 1))
+
+    assert cost(2**20) == cost(2**10) > 0

@@ -1,0 +1,194 @@
+"""What is refused, by which property, and that attaching a model can be undone to the bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+
+from ds_cp import selftest, topology
+from ds_cp.batch import IGNORE
+from ds_cp.kernels import attention as kernels
+from ds_cp.loss import CausalLMLoss
+from ds_cp.mesh import AxisGroup, Mesh
+from ds_cp.models import attach, checks, families, family_dense, model_types
+
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+}
+
+
+def small(model_type: str, **changes: Any) -> PreTrainedModel:
+    settings = {**SMALL, **changes}
+    return AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**settings))
+
+
+REFUSED = {
+    "sliding window (mistral)": (lambda: small("mistral", sliding_window=16), "sliding window of 16"),
+    "sliding layers (qwen3)": (
+        lambda: small("qwen3", use_sliding_window=True, sliding_window=16, max_window_layers=1),
+        "layer 1 is sliding_attention",
+    ),
+    "softcap (gemma2)": (lambda: small("gemma2", layer_types=["full_attention"] * 2), "softcap is not in this version"),
+    "sinks (gpt_oss)": (
+        lambda: small("gpt_oss", layer_types=["full_attention"] * 2, num_local_experts=2, num_experts_per_tok=1),
+        "num_local_experts is 2",
+    ),
+    "experts (mixtral)": (lambda: small("mixtral", num_local_experts=2), "mixtures of experts"),
+    "recurrent (mamba)": (lambda: small("mamba", state_size=4), "recurrent layers are not in this version"),
+    "recurrent (qwen3_next)": (
+        lambda: small("qwen3_next", num_experts=2, layer_types=["linear_attention", "full_attention"], moe_intermediate_size=8),
+        "recurrent layers are not in this version",
+    ),
+    "dropout (llama)": (lambda: small("llama", attention_dropout=0.1), "attention_dropout is 0.1: set it to 0"),
+    "length-dependent rope (llama)": (
+        lambda: small("llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
+        "rope_type dynamic",
+    ),
+    "an unlisted type (cohere)": (lambda: small("cohere"), "has not been compared with one process; supported: gemma"),
+    "no interface (bloom)": (lambda: small("bloom", n_head=4, attention_dropout=0.0), "not been compared"),
+    "encoder-decoder (t5)": (
+        lambda: AutoModelForSeq2SeqLM.from_config(CONFIG_MAPPING["t5"](d_model=32, d_kv=8, d_ff=32, num_layers=1, vocab_size=64)),
+        "encoder-decoder",
+    ),
+    "no language modelling head": (lambda: small("llama").model, "no causal language modelling head"),
+    "bidirectional (llama)": (lambda: small("llama", is_causal=False), "its attention is not causal"),
+    "not a transformers model": (lambda: torch.nn.Linear(2, 2), "not a transformers PreTrainedModel"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_by_the_property_that_would_be_trained_wrong(case: str) -> None:
+    build, reason = REFUSED[case]
+    with pytest.raises(ValueError, match=r"sequence_parallel\.size to 1") as caught:
+        checks.refuse(build())
+    assert reason in str(caught.value), str(caught.value)
+    assert str(caught.value).count(". ") == 0, "one sentence"
+
+
+@pytest.mark.parametrize("model_type", model_types())
+def test_every_listed_type_is_accepted(model_type: str) -> None:
+    checks.refuse(selftest.tiny_model(model_type))
+
+
+def test_a_sink_parameter_is_refused_on_any_model() -> None:
+    model = small("llama")
+    model.model.layers[0].self_attn.sinks = torch.nn.Parameter(torch.zeros(4))
+    with pytest.raises(ValueError, match="attention sink"):
+        checks.refuse(model)
+
+
+def test_families_do_not_share_model_types() -> None:
+    assert len(model_types()) == len(set(model_types())) == sum(len(f.MODEL_TYPES) for f in families())
+    assert family_dense.refuse(selftest.tiny_model("llama").config) is None
+
+
+def alone() -> Mesh:
+    axis = AxisGroup(group=None, ranks=(0,), rank=0)
+    return Mesh(topology=topology.Topology(1, 1, 1), ulysses=axis, ring=axis, seq=axis, data=axis)
+
+
+def attached(model: PreTrainedModel, kernel: str = "torch_cpu") -> attach.Handle:
+    handle = attach.Handle(model, alone(), kernels.load(kernel), "zigzag", CausalLMLoss("mean", divisor=lambda: 1))
+    handle.apply()
+    return handle
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt_neox"])
+def test_attaching_is_undone_to_the_bit(model_type: str) -> None:
+    model = selftest.tiny_model(model_type)
+    batch = {"input_ids": torch.arange(3, 40).unsqueeze(0), "labels": torch.arange(3, 40).unsqueeze(0)}
+    before_state = {k: v for k, v in vars(model).items() if not k.startswith("_")}, model.config._attn_implementation
+    before = model(**batch)
+    handle = attached(model)
+    sharded = model(**batch)
+    assert not torch.equal(sharded.logits, before.logits) or model.config._attn_implementation == attach.IMPLEMENTATION
+    torch.testing.assert_close(sharded.loss, before.loss, rtol=1e-5, atol=0)
+    handle.remove()
+    after = model(**batch)
+    assert torch.equal(after.logits, before.logits)
+    assert torch.equal(after.loss, before.loss)
+    assert ({k: v for k, v in vars(model).items() if not k.startswith("_")}, model.config._attn_implementation) == before_state
+    assert not model._forward_pre_hooks
+    assert not model._forward_hooks
+
+
+def test_an_attached_model_saves_a_config_without_our_implementation(tmp_path: Any) -> None:
+    model = selftest.tiny_model("llama")
+    attached(model)
+    model.save_pretrained(tmp_path)
+    assert attach.IMPLEMENTATION not in (tmp_path / "config.json").read_text()
+
+
+def test_a_model_that_drops_the_context_is_stopped() -> None:
+    model = selftest.tiny_model("llama")
+    attached(model)
+    layer = model.model.layers[1].self_attn
+    inner = layer.forward
+    layer.forward = lambda *args, cp=None, **kwargs: inner(*args, **kwargs)
+    with pytest.raises(ValueError, match="drops unknown keywords"):
+        model(input_ids=torch.arange(3, 40).unsqueeze(0))
+
+
+def test_a_layer_that_never_calls_the_interface_is_stopped_by_the_census() -> None:
+    model = selftest.tiny_model("llama")
+    attached(model)
+    model.model.layers[1].self_attn.forward = lambda hidden_states, **kwargs: (hidden_states, None)
+    with pytest.raises(ValueError, match=r"of 2 attention layers 1 ran under ds_cp; model\.layers\.1\.self_attn"):
+        model(input_ids=torch.arange(3, 40).unsqueeze(0))
+
+
+@pytest.mark.parametrize(
+    ("keyword", "value", "reason"),
+    [
+        ("use_cache", True, "decoding with a cache"),
+        ("output_attentions", True, "output_attentions"),
+        ("logits_to_keep", 1, "logits_to_keep"),
+    ],
+)
+def test_keywords_that_need_the_whole_row_are_refused(keyword: str, value: Any, reason: str) -> None:
+    model = selftest.tiny_model("llama")
+    attached(model)
+    with pytest.raises(ValueError, match=reason):
+        model(input_ids=torch.arange(3, 40).unsqueeze(0), **{keyword: value})
+
+
+@pytest.mark.parametrize("keyword", ["sliding_window", "softcap", "s_aux"])
+def test_what_only_shows_at_the_call_is_refused_there(keyword: str) -> None:
+    q = torch.zeros(1, 4, 8, 8)
+    context: Any = type("Context", (), {"census": None})()
+    with pytest.raises(ValueError, match=f"{keyword}=3"):
+        attach.attention_forward(torch.nn.Identity(), q, q, q, cp=context, **{keyword: 3})
+
+
+def test_loss_weights_weigh_targets() -> None:
+    model = selftest.tiny_model("llama")
+    ids = torch.arange(3, 40).unsqueeze(0)
+    weights = torch.rand(ids.shape, generator=torch.Generator().manual_seed(0))
+    labels = ids.clone()
+    labels[:, 5:9] = IGNORE
+    logits = model(input_ids=ids).logits[:, :-1].flatten(0, 1)
+    losses = torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), reduction="none")
+    kept = (labels[:, 1:] != IGNORE).flatten()
+    wanted = (losses * weights[:, 1:].flatten()).sum() / weights[:, 1:].flatten()[kept].sum()
+    attached(model)
+    got = model(input_ids=ids, labels=labels, loss_weights=weights).loss
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=0)
+
+
+def test_a_row_without_targets_has_a_loss_and_a_gradient_of_zero() -> None:
+    model = selftest.tiny_model("llama")
+    attached(model)
+    ids = torch.arange(3, 40).unsqueeze(0)
+    loss = model(input_ids=ids, labels=torch.full_like(ids, IGNORE)).loss
+    loss.backward()
+    assert loss.item() == 0.0
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
