@@ -1,0 +1,121 @@
+"""ds_cp.Trainer against transformers.Trainer: weights, losses, evaluation, accumulation, saving, resuming, refusals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.dist import trainer_jobs
+from tests.dist.jobs import Rows
+from tests.dist.test_api import refused
+from tests.dist.test_parity import block
+
+
+def run(pool: Any, world: int, folder: Path, **kwargs: Any) -> dict[str, Any]:
+    results = pool(world).run(trainer_jobs.train, folder=str(folder), **kwargs)
+    for result in results[1:]:
+        assert losses(result) == losses(results[0]), "every rank logs the same losses"
+    return results[0]
+
+
+def losses(result: dict[str, Any], key: str = "loss") -> list[float]:
+    return [entry[key] for entry in result["logs"] if key in entry]
+
+
+def assert_same_run(got: dict[str, Any], wanted: dict[str, Any], tolerance: float = 1e-4) -> None:
+    assert losses(got) == pytest.approx(losses(wanted), rel=1e-5)
+    assert losses(got, "eval_loss") == pytest.approx(losses(wanted, "eval_loss"), rel=1e-5)
+    if losses(got, "grad_norm"):  # DeepSpeed reports none at ZeRO 0
+        assert losses(got, "grad_norm") == pytest.approx(losses(wanted, "grad_norm"), rel=1e-4)
+    for name, weight in wanted["weights"].items():
+        # By norm: AdamW turns rounding noise in a gradient of zero into a whole step of that one entry.
+        error = float((got["weights"][name] - weight).norm() / weight.norm())
+        assert error <= tolerance, f"{name} is off by {error:.1e}"
+
+
+@pytest.mark.parametrize("mesh", [(2, 1), (1, 2)], ids=["u2", "r2"])
+def test_thirty_steps_are_those_of_one_process(pool, tmp_path: Path, mesh: tuple[int, int]) -> None:
+    settings = {"max_steps": 30, "eval_strategy": "steps", "eval_steps": 10}
+    wanted = run(pool, 1, tmp_path, block=None, stage=None, **settings)
+    assert_same_run(run(pool, 2, tmp_path, block=block(*mesh), **settings), wanted)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_every_zero_stage(pool, tmp_path: Path, stage: int) -> None:
+    wanted = run(pool, 1, tmp_path, block=None, stage=None)
+    assert_same_run(run(pool, 4, tmp_path, block=block(2, 2), stage=stage), wanted)
+
+
+@pytest.mark.parametrize("average", [True, False])
+def test_two_replicas_are_those_of_transformers(pool, tmp_path: Path, average: bool) -> None:
+    settings = {"average_tokens_across_devices": average, "eval_strategy": "steps", "eval_steps": 2}
+    wanted = run(pool, 2, tmp_path, block=None, stage=1, **settings)
+    assert_same_run(run(pool, 4, tmp_path, block=block(1, 2), stage=1, **settings), wanted)
+
+
+def test_sum_and_mean_are_what_they_say(pool, tmp_path: Path) -> None:
+    """One micro-batch a step and no clipping: sum is the mean times the row's targets."""
+    settings = {"gradient_accumulation_steps": 1, "max_steps": 1, "max_grad_norm": 0.0, "data": Rows(1)}
+    mean = run(pool, 2, tmp_path, block=block(2, 1, loss_reduction="mean"), **settings)
+    total = run(pool, 2, tmp_path, block=block(2, 1, loss_reduction="sum"), **settings)
+    assert losses(total)[0] == pytest.approx(losses(mean)[0] * 23, rel=1e-5)
+    assert losses(total, "grad_norm")[0] == pytest.approx(losses(mean, "grad_norm")[0] * 23, rel=1e-4)
+
+
+def test_steps_epochs_and_tokens_count_rows_once(pool, tmp_path: Path) -> None:
+    settings = {"max_steps": -1, "num_train_epochs": 1.0, "include_num_input_tokens_seen": "all"}
+    result = run(pool, 4, tmp_path, block=block(1, 2), **settings)
+    training = [entry for entry in result["logs"] if "loss" in entry]
+    assert len(training) == 16 // (2 * 2), "16 rows, 2 replicas, accumulation 2"
+    assert training[-1]["num_input_tokens_seen"] == 16 * 24
+    assert all(entry["tokens_per_second"] > 0 for entry in training)
+
+
+def test_metrics_see_the_whole_rows(pool, tmp_path: Path) -> None:
+    settings = {"eval_strategy": "steps", "eval_steps": 4, "metrics": True}
+    wanted = run(pool, 1, tmp_path, block=None, stage=None, **settings)
+    got = run(pool, 4, tmp_path, block=block(2, 2), **settings)
+    for key in ("eval_rows", "eval_tokens", "eval_right"):
+        assert losses(got, key) == losses(wanted, key)
+    assert losses(got, "eval_logit_sum") == pytest.approx(losses(wanted, "eval_logit_sum"), rel=1e-5)
+
+
+def test_evaluation_with_replicas_and_an_uneven_last_batch(pool, tmp_path: Path) -> None:
+    settings = {"eval_strategy": "steps", "eval_steps": 4, "metrics": True}
+    got = run(pool, 4, tmp_path, block=block(1, 2), **settings)
+    assert losses(got, "eval_rows") == [5], "five rows over two replicas, none twice"
+
+
+def test_a_checkpoint_resumes_with_another_sequence_size(pool, tmp_path: Path) -> None:
+    whole = run(pool, 4, tmp_path, block=block(2, 2), save_strategy="steps", save_steps=2)
+    resumed = run(pool, 4, tmp_path, block=block(4, 1), resume=str(tmp_path / "checkpoint-2"))
+    assert losses(resumed) == pytest.approx(losses(whole), rel=1e-5)
+    for name, weight in whole["weights"].items():
+        assert float((resumed["weights"][name] - weight).abs().max() / weight.abs().max()) <= 1e-4
+
+
+def test_a_stream_reaches_every_rank_of_a_group(pool, tmp_path: Path) -> None:
+    settings = {"accelerator_config": {"dispatch_batches": False}, "data": trainer_jobs.Stream(16)}
+    wanted = run(pool, 1, tmp_path, block=None, stage=None, **settings)
+    assert losses(run(pool, 2, tmp_path, block=block(1, 2), **settings)) == pytest.approx(losses(wanted), rel=1e-5)
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "label smoothing": ({"label_smoothing_factor": 0.1}, "label_smoothing_factor: not in this version"),
+    "custom loss": ({"trainer": {"compute_loss_func": trainer_jobs.custom_loss}}, "compute_loss_func: not in this version"),
+    "split batches": ({"accelerator_config": {"split_batches": True}}, "the ranks of a sequence group need the same row"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_an_argument_that_would_change_its_meaning_is_refused(pool, tmp_path: Path, case: str) -> None:
+    arguments, reason = REFUSED[case]
+    message = refused(pool(2), trainer_jobs.train, folder=str(tmp_path), block=block(2, 1), **arguments)
+    assert reason in message
+
+
+def test_a_trainer_without_deepspeed_is_refused(pool, tmp_path: Path) -> None:
+    message = refused(pool(2), trainer_jobs.train, folder=str(tmp_path), block=block(2, 1), stage=None)
+    assert "DeepSpeed is not active" in message

@@ -1,0 +1,109 @@
+"""HF Trainer runs for the workers; each resets accelerate's process-wide state, so that one pool can run many."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from torch import Tensor
+from torch.utils.data import IterableDataset
+from transformers import Trainer as HfTrainer
+from transformers import TrainingArguments
+
+import ds_cp
+from ds_cp import selftest
+from ds_cp.models import attach
+from tests.dist.jobs import Rows
+
+
+class Stream(IterableDataset):
+    """The rows of `Rows` as a stream."""
+
+    def __init__(self, count: int) -> None:
+        self.rows = Rows(count)
+
+    def __iter__(self) -> Any:
+        return iter(self.rows[i] for i in range(len(self.rows)))
+
+
+def train(
+    folder: str,
+    block: dict[str, Any] | None,
+    stage: int | None = 1,
+    data: Any = None,
+    resume: str | None = None,
+    metrics: bool = False,
+    trainer: dict[str, Any] | None = None,
+    **arguments: Any,
+) -> dict[str, Any]:
+    """Trains a tiny qwen3; `stage` None is plain HF without DeepSpeed. Returns logs, weights (rank 0) and what was seen."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+    settings = {
+        "output_dir": folder,
+        "use_cpu": True,
+        "per_device_train_batch_size": 1,
+        "per_device_eval_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 4,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "report_to": [],
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "constant",
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "seed": 3,
+        **arguments,
+    }
+    if stage is not None:
+        settings["deepspeed"] = deepspeed_section(block, stage)
+    kind = ds_cp.Trainer if block is not None else HfTrainer
+    more = {**(trainer or {}), **({"compute_metrics": whole_row_metrics} if metrics else {})}
+    built = kind(
+        model=selftest.tiny_model("qwen3"),
+        args=TrainingArguments(**settings),
+        train_dataset=data or Rows(16),
+        eval_dataset=Rows(5),
+        **more,
+    )
+    built.train(resume_from_checkpoint=resume)
+    weights = selftest.full_parameters(built.model)
+    handle = attach.handle_of(built.model)
+    if handle is not None:
+        handle.remove()
+    if stage is not None:
+        built.accelerator.deepspeed_engine_wrapped.engine.destroy()
+    return {"logs": built.state.log_history, "weights": weights if built.args.process_index == 0 else None}
+
+
+def deepspeed_section(block: dict[str, Any] | None, stage: int) -> dict[str, Any]:
+    section = {
+        "zero_optimization": {"stage": stage},
+        "train_micro_batch_size_per_gpu": "auto",
+        "train_batch_size": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "zero_allow_untested_optimizer": True,
+    }
+    return section if block is None else {**section, "sequence_parallel": block}
+
+
+def whole_row_metrics(prediction: Any) -> dict[str, float]:
+    """Next-token accuracy, and the shapes that it was computed from."""
+    logits, labels = torch.as_tensor(prediction.predictions), torch.as_tensor(prediction.label_ids)
+    right = (logits[:, :-1].argmax(-1) == labels[:, 1:])[labels[:, 1:] != -100].float().mean()
+    return {
+        "rows": logits.shape[0],
+        "tokens": logits.shape[1],
+        "logit_sum": float(logits.double().abs().sum()),
+        "right": float(right),
+    }
+
+
+def custom_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    return outputs.logits.sum()

@@ -1,0 +1,383 @@
+"""Every attention kernel that runs on CPU against PyTorch's attention in fp64 with an explicit mask, and merging.
+
+Shapes: T query tokens, S key tokens, N query heads, M key/value heads, H head size.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from ds_cp.kernels import attention
+from ds_cp.kernels.attention import Kernel
+from ds_cp.kernels.merge import merge_
+from ds_cp.tiles import Tile
+
+SCALE = 0.37
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+
+
+def loadable() -> dict[str, Kernel]:
+    """Kernels whose packages are installed."""
+    found = {}
+    for name in attention.names():
+        try:
+            importlib.import_module(f"{attention.__name__}.{name}")
+        except ImportError:
+            continue
+        found[name] = attention.load(name)
+    return found
+
+
+def reason(kernel: Kernel) -> str | None:
+    """Why a kernel does not run on this machine's CPU."""
+    x = torch.ones(2, 1, 8)
+    return kernel.unsupported(x, x, x, causal(2))
+
+
+def causal(*bounds: int) -> Tile:
+    return Tile(0, bounds[-1], 0, bounds[-1], (0, *bounds))
+
+
+def rectangle(queries: int, keys: int) -> Tile:
+    return Tile(0, queries, 0, keys)
+
+
+KERNELS = {name: kernel for name, kernel in loadable().items() if reason(kernel) is None}
+every_kernel = pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
+
+TILES = {
+    "one document": causal(24),
+    "documents": causal(9, 10, 11, 24),
+    "one-token documents": causal(*range(1, 8)),
+    "one token": causal(1),
+    "wide rectangle": rectangle(5, 19),
+    "high rectangle": rectangle(19, 5),
+    "one query": rectangle(1, 13),
+    "one key": rectangle(13, 1),
+}
+HEADS = {"MHA": (4, 4), "GQA": (6, 2), "MQA": (4, 1)}
+
+
+# The reference
+
+
+def allowed(tile: Tile) -> Tensor:
+    """[T, S], from the definition of a tile."""
+    query, key = torch.arange(tile.q_end - tile.q_start)[:, None], torch.arange(tile.k_end - tile.k_start)[None, :]
+    if tile.documents is None:
+        return torch.ones(len(query), key.shape[1], dtype=torch.bool)
+    same = torch.zeros(len(query), len(query), dtype=torch.bool)
+    for start, end in pairwise(tile.documents):
+        same[start:end, start:end] = True
+    return same & (key <= query)
+
+
+def dense(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, mask_TS: Tensor) -> dict[str, Tensor]:
+    """out, lse, dq, dk, dv in fp64: PyTorch's unfused attention, its autograd, and the definition of lse."""
+    leaves = [x.detach().double().clone().requires_grad_() for x in (q, k, v)]
+    repeats = q.shape[1] // k.shape[1]
+    heads = [leaves[0], *(x.repeat_interleave(repeats, dim=1) for x in leaves[1:])]
+    q_NTH, k_NSH, v_NSH = (x.transpose(0, 1) for x in heads)
+    with sdpa_kernel(SDPBackend.MATH):
+        out = scaled_dot_product_attention(q_NTH, k_NSH, v_NSH, attn_mask=mask_TS, scale=SCALE).transpose(0, 1)
+    grads = torch.autograd.grad(out, leaves, dout.double())
+    scores = (q_NTH @ k_NSH.transpose(1, 2) * SCALE).masked_fill(~mask_TS, -math.inf)
+    lse = scores.logsumexp(-1).transpose(0, 1)
+    return {"out": out.detach(), "lse": lse.detach(), **dict(zip(("dq", "dk", "dv"), grads, strict=True))}
+
+
+def computed(kernel: Kernel, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, tile: Tile) -> dict[str, Tensor]:
+    assert kernel.unsupported(q, k, v, tile) is None
+    out, lse = kernel.forward(q, k, v, tile, SCALE)
+    grads = kernel.backward(dout, q, k, v, out, lse, tile, SCALE)
+    return {"out": out, "lse": lse, **dict(zip(("dq", "dk", "dv"), grads, strict=True))}
+
+
+def assert_close(found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float) -> None:
+    """Errors relative to the largest entry, or to one where all are smaller."""
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert found[name].shape == value.shape, name
+        error = float((found[name].double() - value).abs().max() / value.abs().max().clamp(min=1))
+        assert error <= tolerance, f"{name} is off by {error:.2e}"
+
+
+# Inputs
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def inputs(
+    tile: Tile, heads: tuple[int, int], size: int = 8, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dout, q, k, v; the scores spread over several units, so that a softmax is neither flat nor a step."""
+    queries, keys = tile.q_end - tile.q_start, tile.k_end - tile.k_start
+    (n, m), seed = heads, 10 * queries + keys
+    shapes = ((queries, n), (queries, n), (keys, m), (keys, m))
+    return tuple(random(*shape, size, dtype=dtype, seed=seed + i) for i, shape in enumerate(shapes))
+
+
+def tokens_of_a_longer_row(x: Tensor) -> Tensor:
+    longer = torch.full((x.shape[0] + 5, *x.shape[1:]), math.nan, dtype=x.dtype)
+    longer[3:-2] = x
+    return longer[3:-2]
+
+
+def heads_first(x: Tensor) -> Tensor:
+    return x.transpose(0, 1).contiguous().transpose(0, 1)
+
+
+def heads_of_a_fused_projection(x: Tensor) -> Tensor:
+    fused = torch.full((x.shape[0], x.shape[1] + 3, *x.shape[2:]), math.nan, dtype=x.dtype)
+    fused[:, 1:-2] = x
+    return fused[:, 1:-2]
+
+
+def every_other_token(x: Tensor) -> Tensor:
+    return x.repeat_interleave(2, dim=0)[::2]
+
+
+STRIDES: dict[str, Callable[[Tensor], Tensor]] = {
+    view.__name__: view for view in (tokens_of_a_longer_row, heads_first, heads_of_a_fused_projection, every_other_token)
+}
+
+
+# Which kernels
+
+
+def test_the_reference_and_the_cpu_kernel_are_among_those_tested() -> None:
+    assert {"reference", "torch_cpu"} <= KERNELS.keys()
+
+
+def test_a_kernel_that_does_not_run_here_says_why() -> None:
+    refusing = {name: reason(kernel) for name, kernel in loadable().items() if name not in KERNELS}
+    assert "torch_flash" in refusing
+    assert all(isinstance(why, str) and "cpu" in why for why in refusing.values()), refusing
+
+
+def test_an_unknown_kernel_is_refused_with_the_names_of_the_folder() -> None:
+    with pytest.raises(ValueError, match=r"attention_kernel: 'flash' is not in this version; available: \[.*'reference'"):
+        attention.load("flash")
+
+
+@every_kernel
+def test_key_heads_of_another_size_are_refused(kernel: Kernel) -> None:
+    q, k = torch.ones(2, 2, 8), torch.ones(2, 2, 16)
+    assert kernel.unsupported(q, k, k, causal(2)) is not None
+
+
+# Conformance
+
+
+@every_kernel
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
+@pytest.mark.parametrize("tile", TILES.values(), ids=TILES)
+def test_a_tile_equals_dense_attention(kernel: Kernel, tile: Tile, heads: tuple[int, int], dtype: torch.dtype) -> None:
+    tensors = inputs(tile, heads, dtype=dtype)
+    found = computed(kernel, *tensors, tile)
+    assert_close(found, dense(*tensors, allowed(tile)), TOLERANCE[dtype])
+    assert {name: x.dtype for name, x in found.items()} == dict.fromkeys(found, dtype)
+
+
+@every_kernel
+@pytest.mark.parametrize("size", [1, 3, 16, 64, 80, 256])
+@pytest.mark.parametrize("tile", [causal(7, 20), rectangle(4, 9)], ids=["documents", "rectangle"])
+def test_every_head_size_equals_dense_attention(kernel: Kernel, tile: Tile, size: int) -> None:
+    tensors = inputs(tile, (4, 2), size=size)
+    tensors = (tensors[0], tensors[1] * size**-0.25, tensors[2] * size**-0.25, tensors[3])
+    assert_close(computed(kernel, *tensors, tile), dense(*tensors, allowed(tile)), 1e-10)
+
+
+@every_kernel
+@pytest.mark.parametrize("tile", [causal(700), causal(300, 301, 700), rectangle(300, 700)], ids=["one", "three", "rectangle"])
+def test_tiles_longer_than_a_kernels_blocks_equal_dense_attention(kernel: Kernel, tile: Tile) -> None:
+    tensors = inputs(tile, (2, 1))
+    assert_close(computed(kernel, *tensors, tile), dense(*tensors, allowed(tile)), 1e-10)
+
+
+@every_kernel
+@settings(max_examples=50)
+@given(
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=8),
+    kv=st.integers(1, 3),
+    group=st.integers(1, 3),
+)
+def test_any_documents_and_heads_equal_dense_attention(kernel: Kernel, lengths: list[int], kv: int, group: int) -> None:
+    tile = causal(*torch.tensor(lengths).cumsum(0).tolist())
+    tensors = inputs(tile, (kv * group, kv))
+    assert_close(computed(kernel, *tensors, tile), dense(*tensors, allowed(tile)), 1e-10)
+
+
+@every_kernel
+@settings(max_examples=50)
+@given(queries=st.integers(1, 40), keys=st.integers(1, 40), kv=st.integers(1, 3), group=st.integers(1, 3))
+def test_any_rectangle_equals_dense_attention(kernel: Kernel, queries: int, keys: int, kv: int, group: int) -> None:
+    tile = rectangle(queries, keys)
+    tensors = inputs(tile, (kv * group, kv))
+    assert_close(computed(kernel, *tensors, tile), dense(*tensors, allowed(tile)), 1e-10)
+
+
+@every_kernel
+@pytest.mark.parametrize("view", STRIDES.values(), ids=STRIDES)
+@pytest.mark.parametrize("tile", [causal(4, 5, 11), causal(11), rectangle(5, 9)], ids=["documents", "one", "rectangle"])
+def test_strided_inputs_give_the_same_and_are_left_alone(kernel: Kernel, tile: Tile, view: Callable[[Tensor], Tensor]) -> None:
+    tensors = inputs(tile, (6, 2))
+    wanted = dense(*tensors, allowed(tile))
+    dout, q, k, v = (view(x) for x in tensors)
+    assert_close(computed(kernel, dout, q, k, v, tile), wanted, 1e-10)
+    out, lse = view(wanted["out"]), view(wanted["lse"])
+    grads = kernel.backward(dout, q, k, v, out, lse, tile, SCALE)
+    assert_close(dict(zip(("dq", "dk", "dv"), grads, strict=True)), {name: wanted[name] for name in ("dq", "dk", "dv")}, 1e-10)
+    for given_, before in zip((dout, q, k, v, out, lse), (*tensors, wanted["out"], wanted["lse"]), strict=True):
+        assert torch.equal(given_, before)
+
+
+@every_kernel
+@pytest.mark.parametrize("tile", [causal(4, 5, 11), rectangle(5, 9)], ids=["documents", "rectangle"])
+def test_an_expanded_dout_gives_the_gradient_of_the_sum(kernel: Kernel, tile: Tile) -> None:
+    dout, q, k, v = inputs(tile, (6, 2))
+    ones = torch.ones((), dtype=dout.dtype).expand_as(dout)  # what autograd hands over for out.sum()
+    assert_close(computed(kernel, ones, q, k, v, tile), dense(ones, q, k, v, allowed(tile)), 1e-10)
+
+
+@every_kernel
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("tile", [causal(4, 5, 30), rectangle(5, 9)], ids=["documents", "rectangle"])
+def test_low_precision_keeps_its_dtype_with_an_fp32_lse_and_twice_pytorchs_error(
+    kernel: Kernel, tile: Tile, dtype: torch.dtype
+) -> None:
+    tensors = inputs(tile, (6, 2), dtype=dtype)
+    found, wanted = computed(kernel, *tensors, tile), dense(*tensors, allowed(tile))
+    assert {name: x.dtype for name, x in found.items()} == {**dict.fromkeys(found, dtype), "lse": torch.float32}
+    assert float((found["lse"].double() - wanted["lse"]).abs().max()) <= 1e-5
+    theirs = in_low_precision(*tensors, allowed(tile))
+    for name, value in theirs.items():
+        allowed_error = 2 * float((value.double() - wanted[name]).abs().max())
+        assert float((found[name].double() - wanted[name]).abs().max()) <= allowed_error, name
+
+
+def in_low_precision(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, mask_TS: Tensor) -> dict[str, Tensor]:
+    """out, dq, dk, dv as PyTorch's unfused attention computes them in the inputs' own dtype."""
+    leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+    q_NTH, k_MSH, v_MSH = (x.transpose(0, 1).unsqueeze(0) for x in leaves)
+    with sdpa_kernel(SDPBackend.MATH):
+        out = scaled_dot_product_attention(q_NTH, k_MSH, v_MSH, attn_mask=mask_TS, scale=SCALE, enable_gqa=True)
+    out = out[0].transpose(0, 1)
+    return {"out": out.detach(), **dict(zip(("dq", "dk", "dv"), torch.autograd.grad(out, leaves, dout), strict=True))}
+
+
+@every_kernel
+def test_large_scores_do_not_overflow(kernel: Kernel) -> None:
+    tile = causal(3, 16)
+    dout, q, k, v = inputs(tile, (2, 1), dtype=torch.float32)
+    q = q * 300
+    assert_close(computed(kernel, dout, q, k, v, tile), dense(dout, q, k, v, allowed(tile)), 1e-4)
+
+
+def test_the_reference_gives_minus_infinity_and_zero_for_a_query_without_keys() -> None:
+    kernel, tile = KERNELS["reference"], rectangle(3, 0)
+    dout, q, k, v = inputs(tile, (4, 2))
+    found = computed(kernel, dout, q, k, v, tile)
+    assert torch.equal(found["lse"], torch.full((3, 4), -math.inf, dtype=torch.float64))
+    assert torch.equal(found["out"], torch.zeros_like(q))
+    assert torch.equal(found["dq"], torch.zeros_like(q))
+
+
+# Merging
+
+
+@st.composite
+def blocks(draw: st.DrawFn) -> tuple[list[int], list[int], int, list[int]]:
+    """Local documents, the lengths of earlier key blocks, how many local queries attend them, and the order of the blocks."""
+    lengths = draw(st.lists(st.integers(1, 9), min_size=1, max_size=4))
+    earlier = draw(st.lists(st.integers(1, 9), min_size=1, max_size=4))
+    return lengths, earlier, draw(st.integers(1, lengths[0])), draw(st.permutations(range(len(earlier))))
+
+
+@every_kernel
+@settings(max_examples=50)
+@given(case=blocks(), heads=st.sampled_from(list(HEADS.values())))
+def test_merged_blocks_and_their_backward_sum_up_to_dense_attention(
+    kernel: Kernel, case: tuple[list[int], list[int], int, list[int]], heads: tuple[int, int]
+) -> None:
+    lengths, earlier, reaching, order = case
+    own = causal(*torch.tensor(lengths).cumsum(0).tolist())
+    before = sum(earlier)
+    dout, q, k, v = inputs(rectangle(own.q_end, before + own.q_end), heads)
+    mask = torch.cat((torch.zeros(own.q_end, before, dtype=torch.bool), allowed(own)), dim=1)
+    mask[:reaching, :before] = True
+    found = in_blocks(kernel, (dout, q, k, v), own, before, steps(earlier, order, reaching))
+    assert_close(found, dense(dout, q, k, v, mask), 1e-10)
+
+
+def steps(earlier: Sequence[int], order: Sequence[int], reaching: int) -> list[Tile]:
+    """A rectangle for every earlier block of keys: [k_start, k_end) of all keys."""
+    ends = torch.tensor(earlier).cumsum(0).tolist()
+    return [Tile(0, reaching, ends[i] - earlier[i], ends[i]) for i in order]
+
+
+def in_blocks(
+    kernel: Kernel, tensors: tuple[Tensor, Tensor, Tensor, Tensor], own: Tile, offset: int, rectangles: list[Tile]
+) -> dict[str, Tensor]:
+    """As a ring rank does it: own keys, then merged rectangles; backward of each with the merged out and lse."""
+    dout, q, k, v = tensors
+    all_tiles = [Tile(0, own.q_end, offset, offset + own.q_end, own.documents), *rectangles]
+    slices = [(slice(t.q_start, t.q_end), slice(t.k_start, t.k_end)) for t in all_tiles]
+    out, lse = torch.empty_like(q), torch.empty(q.shape[:2], dtype=q.dtype)
+    for tile, (part, keys) in zip(all_tiles, slices, strict=True):
+        block = kernel.forward(q[part], k[keys], v[keys], tile, SCALE)
+        if tile.causal:
+            out[part], lse[part] = block
+        else:
+            merge_(out[part], lse[part], *block)
+    grads = [torch.zeros_like(x) for x in (q, k, v)]
+    for tile, (part, keys) in zip(all_tiles, slices, strict=True):
+        shares = kernel.backward(dout[part], q[part], k[keys], v[keys], out[part], lse[part], tile, SCALE)
+        for grad, where, share in zip(grads, (part, keys, keys), shares, strict=True):
+            grad[where] += share
+    return {"out": out, "lse": lse, **dict(zip(("dq", "dk", "dv"), grads, strict=True))}
+
+
+def test_merging_is_in_place_and_touches_only_the_slice_it_is_given() -> None:
+    out, lse, block = random(6, 2, 4), random(6, 2, seed=1), random(3, 2, 4, seed=2)
+    before = out.clone(), lse.clone()
+    merge_(out[1:4], lse[1:4], block, random(3, 2, seed=3))
+    for x, old in zip((out, lse), before, strict=True):
+        assert torch.equal(x[0], old[0])
+        assert torch.equal(x[4:], old[4:])
+        assert not bool((x[1:4] == old[1:4]).any())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_merging_is_exact_where_one_side_has_no_weight(dtype: torch.dtype) -> None:
+    for mine, theirs, winner in ((0.0, -math.inf, 0), (0.0, -1000.0, 0), (0.0, 1000.0, 1), (-1000.0, 1000.0, 1), (3e4, -3e4, 0)):
+        out, block = random(3, 2, 4, dtype=dtype), random(3, 2, 4, dtype=dtype, seed=1)
+        wanted = (out.clone(), block.clone())[winner]
+        lse = torch.full((3, 2), mine, dtype=dtype)
+        merge_(out, lse, block, torch.full((3, 2), theirs, dtype=dtype))
+        assert torch.equal(out, wanted)
+        assert torch.equal(lse, torch.full((3, 2), max(mine, theirs), dtype=dtype))
+
+
+def test_merging_a_bf16_block_accumulates_in_the_running_precision() -> None:
+    out, block = random(5, 2, 4, dtype=torch.float32), random(5, 2, 4, dtype=torch.bfloat16, seed=1)
+    lse, block_lse = random(5, 2, dtype=torch.float32, seed=2), random(5, 2, dtype=torch.float32, seed=3)
+    weights = torch.stack((lse, block_lse)).double().softmax(0).unsqueeze(-1)
+    wanted = {"out": weights[0] * out + weights[1] * block.double(), "lse": torch.logaddexp(lse.double(), block_lse.double())}
+    merge_(out, lse, block, block_lse)
+    assert (out.dtype, lse.dtype) == (torch.float32, torch.float32)
+    assert_close({"out": out, "lse": lse}, wanted, 1e-6)
