@@ -34,7 +34,11 @@ class _AllToAll(torch.autograd.Function):
 def _exchange(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     x = x.contiguous()
     out = torch.empty_like(x)
-    dist.all_to_all_single(out, x, group=group)
+    try:
+        dist.all_to_all_single(out, x, group=group)
+    except RuntimeError as error:
+        ranks = dist.get_process_group_ranks(group)
+        raise RuntimeError(f"ds_cp: the all-to-all of ranks {ranks} failed on rank {dist.get_rank()}: {error}") from error
     return out
 
 

@@ -15,7 +15,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="session")
 def built_extension() -> None:
     """DeepSpeed builds its CPU op at the first init_distributed; several ranks would each wait for one lock."""
     if os.environ["DS_ACCELERATOR"] == "cpu":

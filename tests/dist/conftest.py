@@ -10,7 +10,7 @@ from tests.dist.pool import Pool
 
 
 @pytest.fixture(scope="session")
-def pool() -> Iterator[Callable[..., Pool]]:
+def pool(built_extension: None) -> Iterator[Callable[..., Pool]]:
     pools: dict[tuple[int, int | None], Pool] = {}
 
     def get(world: int, local_world: int | None = None) -> Pool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import time
+
 import deepspeed
 import torch
 
@@ -224,3 +226,12 @@ def bad_batch(block: dict[str, Any], key: str) -> None:
     batch = rows(1, 20)[0]
     wrong = {"something": torch.zeros(1, 20), "none": None}.get(key, torch.zeros(1, 17, dtype=torch.long))
     engine(**(batch if wrong is None else {**batch, key: wrong}))
+
+
+def stall(block: dict[str, Any], seconds: float) -> None:
+    """Rank 1 sleeps before its second forward pass, in which rank 0 waits for it."""
+    engine, _ = started(block)
+    engine(**rows(1, 20)[0])
+    if torch.distributed.get_rank() == 1:
+        time.sleep(seconds)
+    engine(**rows(1, 20)[0])

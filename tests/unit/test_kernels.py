@@ -257,26 +257,25 @@ def test_an_expanded_dout_gives_the_gradient_of_the_sum(kernel: Kernel, tile: Ti
 @every_kernel
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("tile", [causal(4, 5, 30), rectangle(5, 9)], ids=["documents", "rectangle"])
-def test_low_precision_keeps_its_dtype_with_an_fp32_lse_and_twice_pytorchs_error(
+def test_low_precision_keeps_its_dtype_with_an_fp32_lse_and_twice_eagers_error(
     kernel: Kernel, tile: Tile, dtype: torch.dtype
 ) -> None:
     tensors = inputs(tile, (6, 2), dtype=dtype)
     found, wanted = computed(kernel, *tensors, tile), dense(*tensors, allowed(tile))
     assert {name: x.dtype for name, x in found.items()} == {**dict.fromkeys(found, dtype), "lse": torch.float32}
-    assert float((found["lse"].double() - wanted["lse"]).abs().max()) <= 1e-5
-    theirs = in_low_precision(*tensors, allowed(tile))
-    for name, value in theirs.items():
-        allowed_error = 2 * float((value.double() - wanted[name]).abs().max())
-        assert float((found[name].double() - wanted[name]).abs().max()) <= allowed_error, name
+    # PyTorch's CPU kernel approximates exp here (6e-5); rounded to fp16, an lse of 4 would be off by 2e-3.
+    assert float((found["lse"].double() - wanted["lse"]).abs().max()) <= 2e-4
+    for name, value in eager(*tensors, allowed(tile)).items():
+        ours, theirs = (float((x.double() - wanted[name]).abs().max()) for x in (found[name], value))
+        assert ours <= 2 * theirs, (name, ours, theirs)
 
 
-def in_low_precision(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, mask_TS: Tensor) -> dict[str, Tensor]:
-    """out, dq, dk, dv as PyTorch's unfused attention computes them in the inputs' own dtype."""
+def eager(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, mask_TS: Tensor) -> dict[str, Tensor]:
+    """out, dq, dk, dv as transformers' eager attention computes them in the inputs' own dtype: softmax alone in fp32."""
     leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
-    q_NTH, k_MSH, v_MSH = (x.transpose(0, 1).unsqueeze(0) for x in leaves)
-    with sdpa_kernel(SDPBackend.MATH):
-        out = scaled_dot_product_attention(q_NTH, k_MSH, v_MSH, attn_mask=mask_TS, scale=SCALE, enable_gqa=True)
-    out = out[0].transpose(0, 1)
+    q_NTH, k_NSH, v_NSH = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1).transpose(0, 1) for x in leaves)
+    scores = (q_NTH @ k_NSH.transpose(1, 2) * SCALE).masked_fill(~mask_TS, -math.inf)
+    out = (scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v_NSH).transpose(0, 1)
     return {"out": out.detach(), **dict(zip(("dq", "dk", "dv"), torch.autograd.grad(out, leaves, dout), strict=True))}
 
 
@@ -288,13 +287,13 @@ def test_large_scores_do_not_overflow(kernel: Kernel) -> None:
     assert_close(computed(kernel, dout, q, k, v, tile), dense(dout, q, k, v, allowed(tile)), 1e-4)
 
 
-def test_the_reference_gives_minus_infinity_and_zero_for_a_query_without_keys() -> None:
-    kernel, tile = KERNELS["reference"], rectangle(3, 0)
+def test_the_reference_gives_minus_infinity_and_zeros_for_a_query_without_keys() -> None:
+    tile = rectangle(3, 0)
     dout, q, k, v = inputs(tile, (4, 2))
-    found = computed(kernel, dout, q, k, v, tile)
-    assert torch.equal(found["lse"], torch.full((3, 4), -math.inf, dtype=torch.float64))
-    assert torch.equal(found["out"], torch.zeros_like(q))
-    assert torch.equal(found["dq"], torch.zeros_like(q))
+    found = computed(KERNELS["reference"], dout, q, k, v, tile)
+    assert torch.equal(found.pop("lse"), torch.full((3, 4), -math.inf, dtype=torch.float64))
+    for name, like in {"out": q, "dq": q, "dk": k, "dv": v}.items():
+        assert torch.equal(found[name], torch.zeros_like(like)), name
 
 
 # Merging

@@ -1,0 +1,124 @@
+"""The parity table: worst relative error of any parameter's gradient, and of the loss, against one HF process (fp32, CPU ranks).
+
+    python scripts/bench/parity.py [--quick] [--json docs/data/parity.json] [--markdown]
+
+The same jobs as the tests in tests/dist, on the same pool of gloo workers; a row's bar is 1e-5.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / ".cache" / "torch_extensions"))
+os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+
+from rich.console import Console  # noqa: E402  (the paths and the environment come first)
+from rich.table import Table  # noqa: E402
+
+from tests.dist import jobs  # noqa: E402
+from tests.dist.pool import Pool  # noqa: E402
+from tests.dist.test_parity import MESHES, block, masked, packed, padded  # noqa: E402
+
+MODELS = ("llama", "qwen3", "qwen2", "gpt_neox")
+BAR = 1e-5
+Case = tuple[str, int, dict[str, Any]]
+
+
+def cases(quick: bool) -> Iterator[Case]:
+    """(name, world, arguments of `jobs.parity`)."""
+    for model in MODELS[: 1 if quick else None]:
+        for mesh, world in MESHES.items():
+            for stage in (3,) if quick else (0, 1, 2, 3):
+                name = f"{model}, ulysses {mesh[0]} x ring {mesh[1]}, ZeRO {stage}"
+                yield name, world, {"model_type": model, "block": block(*mesh), "stage": stage}
+    for stage in (1, 2, 3):
+        flags = {"reduce_scatter": False}
+        yield f"reduce_scatter false, ZeRO {stage}", 2, {"block": block(1, 2), "stage": stage, "zero": flags}
+    for reduction in ("mean", "token_mean"):
+        more = {"replicas": 2, "accumulation": 2, "reduction": reduction, "batches": masked(jobs.rows(4, 50), [0, 11, 37, 45])}
+        yield f"dp 2 x sp 2, accumulation 2, unequal targets, {reduction}", 4, {"block": block(1, 2), "stage": 3, **more}
+    for mesh, world in MESHES.items():
+        more = {"batches": [packed([13, 1, 1, 22, 5, 1, 20, 2])]}
+        yield f"packed, one-token documents, ulysses {mesh[0]} x ring {mesh[1]}", world, {"block": block(*mesh), "stage": 2, **more}
+    for side in ("left", "right"):
+        yield f"three rows padded {side}", 2, {"block": block(1, 2), "stage": 1, "batches": [padded([40, 9, 23], side)]}
+    more = {"replicas": 2, "reduction": "token_mean", "batches": masked(jobs.rows(2, 48), [0, 48])}
+    yield "a replica without targets", 4, {"block": block(2, 1), "stage": 3, **more}
+    yield "a shard without targets", 4, {"block": block(4, 1), "stage": 1, "batches": masked(jobs.rows(1, 64), [60])}
+    yield "2 kv heads, ulysses 4", 4, {"block": block(4, 1), "stage": 3, "changes": {"num_key_value_heads": 2}}
+    for reentrant in (True, False):
+        name = f"gradient checkpointing, {'reentrant' if reentrant else 'not reentrant'}"
+        yield name, 4, {"block": block(2, 2), "stage": 3, "checkpointing": reentrant}
+
+
+def measure(quick: bool) -> list[dict[str, Any]]:
+    """Runs every case; the worst rank counts."""
+    pools: dict[int, Pool] = {}
+    rows = []
+    try:
+        for name, world, arguments in cases(quick):
+            pool = pools.setdefault(world, None) or Pool(world)
+            pools[world] = pool
+            results = pool.run(jobs.parity, **{"model_type": "llama", **arguments})
+            loss, parameter, gradient = max(r[1] for r in results), *max(((r[2], r[3]) for r in results), key=lambda x: x[1])
+            rows.append({"case": name, "ranks": world, "loss": loss, "gradient": gradient, "parameter": parameter})
+    finally:
+        for pool in pools.values():
+            pool.close()
+    return rows
+
+
+def machine() -> dict[str, str]:
+    """What the figures were read on."""
+    import deepspeed
+    import torch
+    import transformers
+
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT, check=False)
+    return {
+        "script": "scripts/bench/parity.py",
+        "commit": commit.stdout.strip(),
+        "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "deepspeed": deepspeed.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one model at ZeRO 3 and the special rows")
+    parser.add_argument("--json", type=Path, help="write the figures and the machine there")
+    parser.add_argument("--markdown", action="store_true", help="print a markdown table too")
+    arguments = parser.parse_args()
+    rows = measure(arguments.quick)
+    table = Table(title=f"parity with one process, bar {BAR}")
+    for column in ("case", "ranks", "loss error", "worst gradient error", "of"):
+        table.add_column(column)
+    for row in rows:
+        mark = "" if max(row["loss"], row["gradient"]) <= BAR else " FAIL"
+        table.add_row(row["case"], str(row["ranks"]), f"{row['loss']:.1e}", f"{row['gradient']:.1e}{mark}", row["parameter"])
+    Console(width=160).print(table)
+    if arguments.markdown:
+        print("| case | ranks | loss error | worst gradient error |\n| --- | --- | --- | --- |")
+        print("\n".join(f"| {r['case']} | {r['ranks']} | {r['loss']:.1e} | {r['gradient']:.1e} |" for r in rows))
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps({**machine(), "rows": rows}, indent=1) + "\n")
+    if any(max(row["loss"], row["gradient"]) > BAR for row in rows):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

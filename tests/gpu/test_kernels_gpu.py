@@ -1,0 +1,108 @@
+"""CUDA kernels, and the ring over them, against the fp32 reference: within twice the error of one plain bf16 kernel."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from ds_cp.kernels import attention
+from ds_cp.kernels.attention import reference
+from ds_cp.tiles import Tile
+from tests.gpu import lockstep
+
+KERNELS = ["torch_flash"]
+HEAD_SIZES = [64, 80, 96, 128, 192, 256]
+HEADS = {"MHA": (4, 4), "GQA": (8, 2), "MQA": (4, 1)}
+DTYPE = torch.bfloat16
+
+
+def causal(*bounds: int) -> Tile:
+    return Tile(0, bounds[-1], 0, bounds[-1], (0, *bounds))
+
+
+TILES = {
+    "one document": causal(517),
+    "documents": causal(100, 101, 102, 333, 640),
+    "one-token documents": causal(*range(1, 9)),
+    "wide rectangle": Tile(0, 130, 0, 517),
+    "high rectangle": Tile(0, 517, 0, 130),
+    "one query": Tile(0, 1, 0, 77),
+}
+
+
+def inputs(tokens: int, keys: int, heads: tuple[int, int], size: int) -> list[Tensor]:
+    """dout, q, k, v; q, k, v are strided slices of longer rows, as the all-to-all leaves them."""
+    generator = torch.Generator(device="cuda").manual_seed(tokens * 1000 + keys + size)
+    shapes = [(tokens, heads[0]), (tokens, heads[0]), (keys, heads[1]), (keys, heads[1])]
+    wide = [torch.randn(t, n + 3, size, device="cuda", generator=generator).to(DTYPE)[:, 1:-2] for t, n in shapes]
+    return [wide[0].contiguous(), *wide[1:]]
+
+
+def computed(kernel, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float) -> dict[str, Tensor]:
+    out, lse = kernel.forward(q, k, v, tile, scale)
+    dq, dk, dv = kernel.backward(dout, q, k, v, out, lse, tile, scale)
+    return {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
+
+
+def exact(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float) -> dict[str, Tensor]:
+    return computed(reference, *(x.float() for x in (dout, q, k, v)), tile, scale)
+
+
+def in_plain_bf16(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float) -> dict[str, Tensor]:
+    """The yardstick: PyTorch's own SDPA in bf16, a document at a time, through autograd."""
+    leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+    spans = list(pairwise(tile.documents)) if tile.documents else [(None, None)]
+    outs = []
+    for start, end in spans:
+        parts = [x[start:end].transpose(0, 1).unsqueeze(0) for x in leaves]
+        one = torch.nn.functional.scaled_dot_product_attention(*parts, is_causal=tile.causal, scale=scale, enable_gqa=True)
+        outs.append(one[0].transpose(0, 1))
+    out = torch.cat(outs)
+    return {"out": out.detach(), **dict(zip(("dq", "dk", "dv"), torch.autograd.grad(out, leaves, dout), strict=True))}
+
+
+def error(found: Tensor, wanted: Tensor) -> float:
+    assert found.shape == wanted.shape
+    return float((found.float() - wanted).norm() / wanted.norm().clamp(min=1e-6))
+
+
+@pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
+@pytest.mark.parametrize("size", HEAD_SIZES)
+@pytest.mark.parametrize("tile", TILES.values(), ids=TILES)
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_kernel_is_within_twice_the_error_of_plain_bf16(name: str, tile: Tile, size: int, heads: tuple[int, int]) -> None:
+    kernel, scale = attention.load(name), size**-0.5
+    tensors = inputs(tile.q_end, tile.k_end, heads, size)
+    assert kernel.unsupported(*tensors[1:], tile) is None
+    wanted, plain = exact(*tensors, tile, scale), in_plain_bf16(*tensors, tile, scale)
+    found = computed(kernel, *tensors, tile, scale)
+    assert found["lse"].dtype == torch.float32
+    assert error(found["lse"], wanted["lse"]) <= 1e-4
+    for part, value in plain.items():
+        assert error(found[part], wanted[part]) <= 2 * error(value, wanted[part]) + 1e-6, part
+
+
+@pytest.mark.parametrize("size", [64, 128, 256])
+@pytest.mark.parametrize("ring", [2, 4, 8])
+@pytest.mark.parametrize("documents", [(0, 1024), (0, 100, 101, 102, 640, 1000, 1024)], ids=["one", "packed"])
+@pytest.mark.parametrize("name", KERNELS)
+def test_the_ring_is_within_twice_the_error_of_one_kernel(name: str, documents, ring: int, size: int, monkeypatch) -> None:
+    kernel, scale = attention.load(name), size**-0.5
+    tensors = inputs(documents[-1], documents[-1], (8, 2), size)
+    tile = Tile(0, documents[-1], 0, documents[-1], documents)
+    wanted, alone = exact(*tensors, tile, scale), computed(kernel, *tensors, tile, scale)
+    found = lockstep.ring(*tensors, documents, ring, kernel, scale, monkeypatch)
+    for part, value in found.items():
+        assert error(value, wanted[part]) <= 2 * error(alone[part], wanted[part]), part
+
+
+def test_unsupported_gives_the_reason_and_the_way_out() -> None:
+    x = torch.zeros(4, 2, 64, device="cuda")
+    kernel = attention.load("torch_flash")
+    assert "enable bf16" in kernel.unsupported(x, x, x, causal(4))
+    assert "use torch_cpu" in kernel.unsupported(x.cpu(), x.cpu(), x.cpu(), causal(4))
+    odd = x.to(DTYPE)[..., :60]
+    assert "multiple of 8" in kernel.unsupported(odd, odd, odd, causal(4))

@@ -1,0 +1,65 @@
+"""A lock that a dead build left is named and refused; a running build is waited for."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from ds_cp import preflight
+
+
+def lock(root: Path, age_s: float) -> Path:
+    folder = root / "some_op"
+    folder.mkdir()
+    path = folder / "lock"
+    path.touch()
+    then = time.time() - age_s
+    for each in (path, folder):
+        os.utime(each, (then, then))
+    return path
+
+
+def test_no_lock_is_no_wait(tmp_path: Path) -> None:
+    preflight.check_extension_locks(tmp_path)
+
+
+def test_a_lock_of_a_dead_process_is_named_with_what_to_do(tmp_path: Path) -> None:
+    path = lock(tmp_path, age_s=10 * preflight.STALE_AFTER_S)
+    with pytest.raises(ValueError, match="Delete that file") as caught:
+        preflight.check_extension_locks(tmp_path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_lock_whose_builder_works_in_the_folder_is_waited_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = lock(tmp_path, age_s=10 * preflight.STALE_AFTER_S)
+    builder = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], cwd=path.parent)
+    release = threading.Timer(2.0, path.unlink)
+    release.start()
+    try:
+        preflight.check_extension_locks(tmp_path)
+    finally:
+        release.join()
+        builder.kill()
+        builder.wait()
+    assert f"waiting for the build that holds {path}" in capsys.readouterr().out
+
+
+def test_a_fresh_lock_is_waited_for(tmp_path: Path) -> None:
+    path = lock(tmp_path, age_s=0.0)
+    release = threading.Timer(1.5, path.unlink)
+    release.start()
+    preflight.check_extension_locks(tmp_path)
+    release.join()
+
+
+def test_the_folder_is_torchs_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    path = lock(tmp_path, age_s=10 * preflight.STALE_AFTER_S)
+    with pytest.raises(ValueError, match=str(path)):
+        preflight.check_extension_locks()
