@@ -4,8 +4,9 @@ setup(
     name="ds_cp",
     version="0.1.0",
     description="Sequence parallelism for DeepSpeed: ring attention, Ulysses and both, with single-process gradients",
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     packages=find_packages(include=["ds_cp", "ds_cp.*"]),
+    entry_points={"console_scripts": ["ds-cp = ds_cp.cli:app"]},
     install_requires=[
         "torch>=2.11",
         "deepspeed>=0.19.8,<0.20",

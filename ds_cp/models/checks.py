@@ -8,8 +8,9 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 
+import torch
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from ds_cp.models import family_of, model_types
 
@@ -27,6 +28,21 @@ def heads(model: PreTrainedModel) -> list[tuple[int, int]]:
     config = model.config.get_text_config()
     query = config.num_attention_heads
     return [(query, getattr(config, "num_key_value_heads", None) or query)]
+
+
+def heads_of_pretrained(name: str) -> list[tuple[int, int]]:
+    """Checks a model by name or path without its weights, and gives its heads.
+
+    Raises:
+        ValueError: there is no such model, or `refuse` refuses it.
+    """
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name))
+    except OSError as error:
+        raise ValueError(f"model: {name!r} cannot be read: {str(error).splitlines()[0]}") from error
+    refuse(model)
+    return heads(model)
 
 
 def refuse(model: nn.Module) -> None:

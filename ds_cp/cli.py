@@ -1,0 +1,58 @@
+"""The shell: `ds-cp check` says what a config becomes for a model and a number of ranks, or why it is refused. Starts nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ds_cp import config, layout, topology
+
+app = typer.Typer(add_completion=False, help="Sequence parallelism for DeepSpeed.")
+
+
+@app.callback()
+def _root() -> None:
+    """Keeps `check` a subcommand while it is the only one."""
+
+
+@app.command()
+def check(
+    ds_config: Annotated[Path, typer.Argument(help="The ds_config.json.")],
+    ranks: Annotated[int, typer.Option(min=1, help="Ranks (GPUs) of the job.")],
+    ranks_per_node: Annotated[int, typer.Option(min=0, help="Ranks on one node; 0 means all.")] = 0,
+    model: Annotated[str, typer.Option(help="A model's name or path: its layers are checked too, without its weights.")] = "",
+    heads: Annotated[int, typer.Option(min=0, help="Query heads, where no model is given.")] = 0,
+    kv_heads: Annotated[int, typer.Option(min=0, help="Key/value heads, where no model is given; 0 means as many.")] = 0,
+) -> None:
+    """Validates a config against a model and a number of ranks; exit code 1 and one sentence if it would be refused."""
+    try:
+        block = config.parse(str(ds_config))
+        pairs = _heads_of(model) if model else [(heads, kv_heads or heads)] if heads else []
+        degrees = topology.resolve(
+            block.size, block.ulysses_size, block.ring_size, world=ranks, local_world=ranks_per_node or ranks, heads=pairs
+        )
+    except ValueError as error:
+        Console(stderr=True).print(f"[red]refused:[/red] {error}", soft_wrap=True)
+        raise typer.Exit(1) from None
+    table = Table("setting", "in this job")
+    name = "zigzag" if block.layout == "auto" else block.layout
+    for setting, value in {
+        "size": degrees.size,
+        "ulysses_size": degrees.ulysses,
+        "ring_size": degrees.ring,
+        "data-parallel replicas": degrees.data,
+        "layout": name,
+        "rows are padded to a multiple of": layout.pad_multiple(name, degrees.ring, degrees.ulysses),
+    }.items():
+        table.add_row(setting, str(value))
+    Console().print(table)
+
+
+def _heads_of(model: str) -> list[tuple[int, int]]:
+    from ds_cp.models import checks
+
+    return checks.heads_of_pretrained(model)

@@ -1,0 +1,199 @@
+"""Trains a Hugging Face causal language model on text, sequence parallel where the DeepSpeed config says so.
+
+    deepspeed scripts/train.py --deepspeed ds_configs/hybrid.json --model Qwen/Qwen3-0.6B --data notes/ --seq_length 131072 \
+        --bf16 --gradient_checkpointing --output_dir runs/notes
+    DS_ACCELERATOR=cpu deepspeed --num_accelerators 4 scripts/train.py --use_cpu --deepspeed ds_configs/hybrid.json \
+        --model_type qwen3 --config_overrides hidden_size=64,num_hidden_layers=2 --max_steps 20
+
+All arguments of transformers.TrainingArguments hold; `--help` lists them after these. Without --deepspeed it is one plain
+transformers.Trainer run. The output folder gets metrics.jsonl, loss.png and, unless --save_strategy is no, the model.
+
+A model from scratch starts from other weights under ZeRO-3 than without it: transformers draws them in another order. To compare
+two runs give both the same stage, or start both from one saved --model.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from train_data import DataArguments, PackedRows, byte_tokenizer, write_rows
+from train_plot import MetricsFile, differences, draw, read
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    HfArgumentParser,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
+
+import ds_cp
+from ds_cp import preflight
+
+
+@dataclass
+class ModelArguments:
+    """What to train: exactly one of --model, --config and --model_type."""
+
+    model: str | None = field(default=None, metadata={"help": "hub name or folder of a model to go on from"})
+    config: str | None = field(default=None, metadata={"help": "config.json, or a folder with one: from scratch"})
+    model_type: str | None = field(default=None, metadata={"help": "architecture, as qwen3 or llama: from scratch"})
+    config_overrides: str = field(default="", metadata={"help": "key=value,...: changes to the config of a model from scratch"})
+    tokenizer: str | None = field(
+        default=None, metadata={"help": "hub name or folder; default: the model's, or bytes from scratch"}
+    )
+
+    def __post_init__(self) -> None:
+        if sum(given is not None for given in (self.model, self.config, self.model_type)) != 1:
+            raise ValueError("give exactly one of --model, --config and --model_type")
+        if self.model is not None and self.config_overrides:
+            raise ValueError("--config_overrides changes a model from scratch; with --model it would not fit the weights")
+
+
+@dataclass
+class TrainArguments(TrainingArguments):
+    """TrainingArguments, and what this script does with the metrics."""
+
+    logging_steps: float = field(default=1, metadata={"help": "log every so many steps, or that part of all steps below 1"})
+    compare: str | None = field(default=None, metadata={"help": "metrics.jsonl of another run, to be drawn in the same picture"})
+    name: str | None = field(default=None, metadata={"help": "this run's name in the picture; default: the output folder's"})
+
+    def __post_init__(self) -> None:
+        if self.compare is not None and not Path(self.compare).is_file():
+            raise ValueError(f"--compare {self.compare}: no such file")
+        super().__post_init__()
+
+
+def main() -> None:
+    parser = HfArgumentParser((ModelArguments, DataArguments, TrainArguments))
+    model_args, data_args, args = parser.parse_args_into_dataclasses()
+    start_deepspeed(args)
+    set_seed(args.seed)
+    tokenizer = load_tokenizer(model_args)
+    train_rows, eval_rows = load_rows(data_args, args, tokenizer)
+    trainer = trainer_class(args)(
+        model=load_model(model_args, args, tokenizer),
+        args=args,
+        train_dataset=train_rows,
+        eval_dataset=eval_rows,
+        processing_class=tokenizer,
+        data_collator=default_data_collator,
+    )
+    metrics = Path(args.output_dir) / "metrics.jsonl"
+    rows_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    trainer.add_callback(MetricsFile(metrics, tokens_per_step=rows_per_step * data_args.seq_length))
+    trainer.train(resume_from_checkpoint=resume_from(args))
+    if eval_rows is not None and not was_evaluated(trainer):
+        trainer.evaluate()
+    if args.save_strategy != "no":
+        trainer.save_model()
+    if trainer.is_world_process_zero():
+        report(args, metrics)
+
+
+def start_deepspeed(args: TrainArguments) -> None:
+    """DeepSpeed's own process group: on CPU accelerate makes torch's alone, and ZeRO-3 would take the job for one rank."""
+    if args.deepspeed is not None:
+        import deepspeed
+
+        preflight.check_extension_locks()
+        deepspeed.init_distributed()
+
+
+def was_evaluated(trainer: Trainer) -> bool:
+    """Whether --eval_strategy has evaluated the model as it is at the end."""
+    return any("eval_loss" in log and log["step"] == trainer.state.global_step for log in trainer.state.log_history)
+
+
+def trainer_class(args: TrainArguments) -> type[Trainer]:
+    """ds_cp's Trainer under DeepSpeed; without a DeepSpeed config there is no block to read."""
+    return Trainer if args.deepspeed is None else ds_cp.Trainer
+
+
+def load_tokenizer(model_args: ModelArguments) -> PreTrainedTokenizerBase:
+    name = model_args.tokenizer or model_args.model
+    return byte_tokenizer() if name is None else AutoTokenizer.from_pretrained(name)
+
+
+def load_rows(data_args: DataArguments, args: TrainArguments, tokenizer: PreTrainedTokenizerBase) -> tuple[Any, Any]:
+    """Packs the text once a host; every rank maps the result."""
+    path = Path(args.output_dir) / "rows.bin"
+    with args.main_process_first(desc="packing"):
+        if args.local_process_index == 0:
+            write_rows(path, data_args, tokenizer)
+    return PackedRows(path, data_args.seq_length).split(data_args.eval_rows)
+
+
+def load_model(model_args: ModelArguments, args: TrainArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The model, in fp32 unless DeepSpeed keeps fp32 master weights of a bf16 model."""
+    dtype = torch.bfloat16 if args.bf16 and args.deepspeed is not None else torch.float32
+    if model_args.model is not None:
+        return AutoModelForCausalLM.from_pretrained(model_args.model, dtype=dtype)
+    return AutoModelForCausalLM.from_config(load_config(model_args, tokenizer), dtype=dtype)
+
+
+def load_config(model_args: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
+    """The architecture of a model from scratch: the tokenizer's vocabulary and special tokens, then --config_overrides."""
+
+    def load(**changes: Any) -> PretrainedConfig:
+        if model_args.config is not None:
+            return AutoConfig.from_pretrained(model_args.config, **changes)
+        return AutoConfig.for_model(model_args.model_type, **changes)
+
+    known = load().to_dict()
+    changes: dict[str, Any] = {"vocab_size": len(tokenizer)}
+    changes |= {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
+    for item in filter(None, model_args.config_overrides.split(",")):
+        key, _, value = item.partition("=")
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+            raise ValueError(f"--config_overrides {key}: not in this config; did you mean {near!r}?")
+        changes[key] = parse_value(value)
+    return load(**changes)
+
+
+def parse_value(text: str) -> Any:
+    """A JSON value, or the text itself."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def resume_from(args: TrainArguments) -> str | bool | None:
+    """A checkpoint's folder; `true` takes the last one of the output folder."""
+    given = args.resume_from_checkpoint
+    return given.lower() == "true" if given is not None and given.lower() in ("true", "false") else given
+
+
+def report(args: TrainArguments, metrics: Path) -> None:
+    """Draws the loss curve and says how far it is from the other run's."""
+    ours, picture = read(metrics), Path(args.output_dir) / "loss.png"
+    name = args.name or Path(args.output_dir).name
+    if args.compare is None:
+        draw(picture, name, ours)
+    else:
+        other = Path(args.compare)
+        theirs = read(other)
+        draw(picture, name, ours, other.parent.name, theirs)
+        gaps = differences(ours, theirs)
+        if gaps:
+            step = max(gaps, key=gaps.__getitem__)
+            print(f"largest difference of the loss from {other}: {gaps[step]:.2e}, at step {step} of {len(gaps)} compared")
+        else:
+            print(f"no step is both in {metrics} and in {other}")
+    print(f"loss curve: {picture}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""`ds-cp check`: what a config becomes, or the sentence that refuses it, with an exit code for CI."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from ds_cp import selftest
+from ds_cp.cli import app
+
+
+def check(tmp_path: Path, block: dict[str, Any], *arguments: str) -> Result:
+    path = tmp_path / "ds_config.json"
+    path.write_text(json.dumps({"sequence_parallel": block}))
+    return CliRunner().invoke(app, ["check", str(path), *arguments])
+
+
+def test_a_legal_config_shows_what_auto_becomes(tmp_path: Path) -> None:
+    result = check(tmp_path, {"size": 16}, "--ranks", "32", "--ranks-per-node", "8", "--heads", "32", "--kv-heads", "8")
+    assert result.exit_code == 0, result.output
+    shown = {cells[1].strip(): cells[2].strip() for line in result.output.splitlines() if len(cells := line.split("│")) == 4}
+    assert shown == {
+        "size": "16",
+        "ulysses_size": "8",
+        "ring_size": "2",
+        "data-parallel replicas": "2",
+        "layout": "zigzag",
+        "rows are padded to a multiple of": "32",
+    }
+
+
+@pytest.mark.parametrize(
+    ("block", "ranks", "reason"),
+    [
+        ({"size": 3}, "4", "3 does not divide the 4 ranks"),
+        ({"sise": 2}, "4", "did you mean 'size'"),
+        ({"profile": True}, "4", "profile"),
+    ],
+)
+def test_an_illegal_config_is_one_sentence_and_exit_code_1(tmp_path: Path, block: dict[str, Any], ranks: str, reason: str) -> None:
+    result = check(tmp_path, block, "--ranks", ranks)
+    assert result.exit_code == 1
+    assert reason in " ".join(result.output.split())
+
+
+def test_a_model_is_checked_without_weights(tmp_path: Path) -> None:
+    selftest.tiny_model("llama").config.save_pretrained(tmp_path / "good")
+    assert check(tmp_path, {"size": 4}, "--ranks", "4", "--model", str(tmp_path / "good")).exit_code == 0
+    selftest.tiny_model("llama", attention_dropout=0.5).config.save_pretrained(tmp_path / "bad")
+    result = check(tmp_path, {"size": 4}, "--ranks", "4", "--model", str(tmp_path / "bad"))
+    assert result.exit_code == 1
+    assert "attention_dropout is 0.5" in " ".join(result.output.split())
+    missing = check(tmp_path, {"size": 4}, "--ranks", "4", "--model", str(tmp_path / "nowhere"))
+    assert missing.exit_code == 1
+    assert "cannot be read" in " ".join(missing.output.split())
