@@ -18,8 +18,8 @@ to fp32 is then a millionth of what it is at lr 1, and the division is exact. Th
     error     max|g - g_one| / max|g_one| of the worst parameter, no scale removed (0 is right)
     error_l2  |g - g_one| / |g_one| over all parameters
 
-Speed: contenders take turns, each turn in fresh processes with one step to warm up; the median is over all turns. A step
-lasts from asking for the row (ALST shards it in its loader, ds_cp in the forward) to the end of the update, on the
+Speed: contenders take turns, each turn in fresh processes with one step to warm up; the median is over all turns. A
+step lasts from asking for the row (ALST shards it in its loader, ds_cp in the forward) to the end of the update, on the
 slower rank. Memory is the kernel's high-water mark of the resident set (VmHWM, reset before the first step) minus the
 resident set at the reset, when model and engine exist: the larger rank, the largest turn. ZeRO 3, as in the tutorial.
 
@@ -31,6 +31,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import socket
 import statistics
 import subprocess
@@ -90,7 +91,7 @@ class Case:
 
 
 def make_rows(case: Case) -> tuple[list[Tensors], int]:
-    """The rows of one step and the number of their targets. No target crosses a document: only attention can mix them."""
+    """The rows of one step and the number of their targets. No target crosses a document: attention alone can."""
     generator = torch.Generator().manual_seed(7)
     positions = torch.cat([torch.arange(n) for n in case.documents])
     rows: list[Tensors] = []
@@ -166,7 +167,7 @@ def build_alst(model: torch.nn.Module, optimizer: torch.optim.Optimizer, case: C
     return step
 
 
-def build_ours(model: torch.nn.Module, optimizer: torch.optim.Optimizer, case: Case, sizes: dict[str, int]) -> Step:
+def build_ours(model: torch.nn.Module, optimizer: torch.optim.Optimizer, case: Case, **sizes: int) -> Step:
     import ds_cp
 
     config = deepspeed_config(case) | {"sequence_parallel": {"size": SP, **sizes}}
@@ -208,12 +209,8 @@ def run_case(contender: str, case: Case) -> dict[str, Any]:
     model = make_model(case)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4 if case.steps else LEARNING_RATE)
     before = {} if case.steps else {name: w.detach().clone() for name, w in model.named_parameters()}
-    if contender == ONE:
-        step = build_one_process(model, optimizer, case)
-    elif contender == ALST:
-        step = build_alst(model, optimizer, case)
-    else:
-        step = build_ours(model, optimizer, case, OURS[contender])
+    build = build_one_process if contender == ONE else build_alst if contender == ALST else build_ours
+    step = build(model, optimizer, case, **OURS.get(contender, {}))
     if case.steps:
         return time_steps(step, case.steps)
     step()
@@ -255,7 +252,7 @@ def launch(contender: str, cases: list[Case], timeout: float) -> list[list[dict[
         probe.close()
         spec, logs = Path(folder, "spec.json"), [Path(folder, f"log{rank}") for rank in range(world)]
         spec.write_text(json.dumps({"contender": contender, "cases": [*map(asdict, cases)], "timeout": timeout}))
-        command = [sys.executable, __file__, "--worker", str(spec)]
+        command = [sys.executable, "-X", "faulthandler", __file__, "--worker", str(spec)]
         ranks: list[subprocess.Popen[bytes]] = []
         try:
             for rank, log in enumerate(logs):
@@ -272,13 +269,13 @@ def launch(contender: str, cases: list[Case], timeout: float) -> list[list[dict[
 
 def wait(contender: str, ranks: list[subprocess.Popen[bytes]], logs: list[Path], timeout: float) -> None:
     deadline = time.monotonic() + timeout
-    while any(code := [process.poll() for process in ranks]) or None in code:
-        failed = [rank for rank, value in enumerate(code) if value]
-        if failed or time.monotonic() > deadline:
-            rank = failed[0] if failed else code.index(None)
-            reason = f"exit code {code[rank]}" if failed else f"still running after {timeout:.0f} s"
+    while (codes := [process.poll() for process in ranks]) != [0] * len(ranks):
+        rank = next((rank for rank, code in enumerate(codes) if code), None)
+        if rank is not None or time.monotonic() > deadline:
+            reason = f"still running after {timeout:.0f} s" if rank is None else f"exit code {codes[rank]}"
+            rank = codes.index(None) if rank is None else rank
             tail = "\n".join(logs[rank].read_text(errors="replace").splitlines()[-30:])
-            raise RuntimeError(f"{contender}, rank {rank}: {reason}\n{tail}")
+            sys.exit(f"{contender}, rank {rank}: {reason}\n{tail}")
         time.sleep(0.1)
 
 
@@ -327,7 +324,7 @@ def measure_speed(args: argparse.Namespace, length: int, console: Console) -> li
     alst = statistics.median(seconds.get(ALST, [float("nan")]))
     return [
         {"section": "speed", "tokens": length, "zero": "none" if name == ONE else case.zero, "contender": name}
-        | {"seconds": statistics.median(times), "to_alst": statistics.median(times) / alst}
+        | {"seconds": statistics.median(times), "fastest": min(times), "to_alst": statistics.median(times) / alst}
         | {"peak_mib": memory[name], "all_seconds": times}
         for name, times in seconds.items()
     ]
@@ -345,21 +342,20 @@ def show(rows: list[dict[str, Any]], console: Console, markdown: bool) -> None:
             table.add_row(*line)
         console.print(table)
         if markdown:
-            print(
-                "\n".join(["", *("| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *cells])])
-            )
+            ruled = [header, ["---"] * len(header), *cells]
+            print("", *(f"| {' | '.join(line)} |" for line in ruled), sep="\n")
 
 
 def machine() -> dict[str, Any]:
-    cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
     packages = {name: version(name) for name in ("torch", "deepspeed", "transformers")}
-    name = cpu[0].split(":")[1].strip() if cpu else "unknown"
-    return {"cpu": name, "cores": os.cpu_count(), **packages, "date": date.today().isoformat()}
+    load = round(os.getloadavg()[0], 2)  # of others, before the first rank: above a few tenths the seconds are noise
+    return {"cpu": cpu, "cores": os.cpu_count(), "load": load, **packages, "date": date.today().isoformat()}
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--only", choices=SECTIONS, nargs="+", default=SECTIONS, help="sections to run")
     parser.add_argument("--contenders", choices=[ALST, *OURS], nargs="+", default=[ALST, *OURS])
     parser.add_argument("--lengths", type=int, nargs="+", help="speed: tokens a row (4096 16384)")
@@ -374,9 +370,8 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    if args.worker:
-        return worker(args.worker)
-    console = Console(stderr=args.markdown)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that launch ends its ranks
+    console, about = Console(stderr=args.markdown), machine()
     # DeepSpeed compiles this at first use. A rank killed while it does leaves a lock on which every later run waits.
     subprocess.run([sys.executable, "-c", PREBUILD], env=environment(), check=True, timeout=900, stdout=sys.stderr)
     rows = measure_gradients(args, console)
@@ -384,8 +379,11 @@ def main() -> None:
         rows += measure_speed(args, length, console)
     show(rows, console, args.markdown)
     if args.json:
-        args.json.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+        args.json.write_text(json.dumps({"machine": about, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["--worker"]:
+        worker(Path(sys.argv[2]))
+    else:
+        main()

@@ -254,6 +254,13 @@ def test_the_context_holds_the_plan_of_its_own_ring_rank(mesh: tuple[int, int]) 
         assert local["input_ids"].shape == (1, context.layout.length // rank.seq.size)
 
 
+def test_the_context_carries_the_census_it_is_given() -> None:
+    census = object()
+    for mesh in meshes(1, 2):
+        assert batches.prepare(packed(8), mesh, KERNEL, "zigzag", CPU, census)[1].census is census
+        assert batches.prepare(packed(8), mesh, KERNEL, "zigzag", CPU)[1].census is None
+
+
 def test_no_local_document_reaches_over_a_boundary_of_the_row() -> None:
     for _, context in prepare(packed(5, 1, 9, 2), ulysses=2, ring=2):
         ranges = context.layout.ring_ranges(context.mesh.ring.rank)

@@ -18,10 +18,11 @@ from hypothesis import strategies as st
 
 from ds_cp import layout as layouts
 from ds_cp import tiles
+from ds_cp.config import THIS_VERSION
 from ds_cp.layout import Layout
 from ds_cp.tiles import Tile
 
-NAMES = ("zigzag", "contiguous")
+NAMES = tuple(name for name in THIS_VERSION["layout"] if name != "auto")
 
 
 @st.composite
@@ -127,6 +128,7 @@ def test_gathered_order_is_a_permutation_in_the_order_of_the_shards(row: tuple[L
 
 
 def test_zigzag_pairs_early_chunks_with_late_ones_and_contiguous_does_not() -> None:
+    assert {"zigzag", "contiguous"} <= set(NAMES)
     assert layouts.build("zigzag", 24, 3, 2).chunks == ((0, 5), (1, 4), (2, 3))
     assert layouts.build("zigzag", 24, 3, 2).chunk == 4
     assert layouts.build("contiguous", 24, 3, 2).chunks == ((0,), (1,), (2,))

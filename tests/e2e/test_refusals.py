@@ -1,0 +1,76 @@
+"""Wrong launches through the real launcher: one sentence, an exit code that is not 0, and no hang."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TIMEOUT_S = 240
+MODEL = (
+    "--model_type",
+    "llama",
+    "--config_overrides",
+    "hidden_size=32,num_hidden_layers=1,num_attention_heads=4,num_key_value_heads=2",
+)
+
+
+def launch(tmp_path: Path, block: dict[str, Any], *arguments: str, environment: dict[str, str] | None = None) -> tuple[int, str]:
+    """(exit code, output) of scripts/train.py on two CPU ranks; a hang is a TimeoutExpired."""
+    config = tmp_path / "ds_config.json"
+    sizes = dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"), "auto")
+    config.write_text(json.dumps({"sequence_parallel": block, "zero_optimization": {"stage": 1}, **sizes}))
+    text = tmp_path / "text.txt"
+    text.write_text("some words to train on\n" * 200)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = ["deepspeed", "--num_accelerators", "2", "--master_port", port, "scripts/train.py", "--deepspeed", str(config)]
+    options = ["--data", str(text), "--max_steps", "1", "--output_dir", str(tmp_path / "out"), "--save_strategy", "no"]
+    run = subprocess.run(
+        [*command, *MODEL, *options, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **(environment or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    return run.returncode, run.stdout
+
+
+REFUSED: dict[str, tuple[dict[str, Any], tuple[str, ...], str]] = {
+    "size does not divide": ({"size": 3}, ("--use_cpu",), "sequence_parallel.size: 3 does not divide the 2 ranks of this job"),
+    "unknown key": ({"size": 2, "ulysses": 2}, ("--use_cpu",), "unknown key; did you mean 'ulysses_size'"),
+    "accelerate sees one rank": ({"size": 2}, (), "world size: the launcher started 2 ranks, accelerate sees 1"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_wrong_launch_ends_with_the_sentence(tmp_path: Path, case: str) -> None:
+    block, arguments, sentence = REFUSED[case]
+    code, output = launch(tmp_path, block, *arguments)
+    assert code != 0
+    assert sentence in output, output[-3000:]
+
+
+def test_a_lock_that_a_dead_build_left_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / "extensions" / "deepspeed_shm_comm"
+    folder.mkdir(parents=True)
+    lock = folder / "lock"
+    lock.touch()
+    for path in (lock, folder):
+        os.utime(path, (time.time() - 3600,) * 2)
+    environment = {"TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}
+    code, output = launch(tmp_path, {"size": 2}, "--use_cpu", environment=environment)
+    assert code != 0
+    assert f"{lock} was left by a process that died while building" in output, output[-3000:]
