@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ds_cp import comm
 from ds_cp.batch import SequenceContext
+from ds_cp.kernels.merge import merge_
 from ds_cp.tiles import Tile
 from ds_cp.topology import HeadSplit, split_heads
 
@@ -83,8 +84,6 @@ class RingAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q_SNH: Tensor, k_SMH: Tensor, v_SMH: Tensor, context: SequenceContext, scale: float) -> Tensor:
-        from ds_cp.kernels.merge import merge_
-
         kernel, steps = context.kernel, context.tiles
         block = torch.stack((k_SMH, v_SMH)) if len(steps) > 1 else (k_SMH, v_SMH)
         out = lse = None
@@ -107,9 +106,12 @@ class RingAttention(torch.autograd.Function):
     def backward(ctx, dout_SNH: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         context, kernel, steps = ctx.context, ctx.context.kernel, ctx.context.tiles
-        block = torch.stack((k, v)) if len(steps) > 1 else (k, v)
         work = torch.float64 if q.dtype == torch.float64 else torch.float32
-        dq, home = torch.zeros_like(q, dtype=work), None
+        if len(steps) == 1:
+            grads = kernel.backward(dout_SNH, q, k, v, out, lse, steps[0][0], ctx.scale)
+            return *grads, None, None
+        block, home = torch.stack((k, v)), None
+        dq = torch.zeros_like(q, dtype=work)
         for step, tiles in enumerate(steps):
             hop = _post(block, context, "key/value") if step + 1 < len(steps) else None
             dkv = torch.zeros((2, *k.shape), dtype=work, device=k.device)
@@ -121,9 +123,9 @@ class RingAttention(torch.autograd.Function):
                 dkv[1, keys] += dv_
             if home is not None:
                 dkv += home.wait()
-            home = _post(dkv, context, "gradient") if len(steps) > 1 else None
+            home = _post(dkv, context, "gradient")
             block = hop.wait() if hop else block
-        dkv = home.wait() if home else dkv
+        dkv = home.wait()
         return dq.to(q.dtype), dkv[0].to(k.dtype), dkv[1].to(v.dtype), None, None
 
 

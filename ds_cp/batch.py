@@ -9,7 +9,7 @@ Documents never attend each other. All planning is in host integers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -30,7 +30,10 @@ IGNORE = -100
 TOKEN_KEYS = ("input_ids", "inputs_embeds", "labels", "shift_labels", "position_ids", "attention_mask", "loss_weights")
 """Keys that hold one value per token, [B, S, ...]; anything else of that size is refused rather than guessed at."""
 
-DOCUMENT_KEYS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_lens", "seq_idx")
+BOUND_KEYS = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_lens", "seq_idx")
+"""Keys that give document boundaries; where several are given they must agree."""
+
+DOCUMENT_KEYS = (*BOUND_KEYS, "max_length_q", "max_length_k")
 """Keys that describe documents; read here and not passed on, because they speak of the whole row."""
 
 
@@ -149,10 +152,14 @@ def count_targets(batch: Mapping[str, Any]) -> Tensor:
 
 
 def _tokens(batch: Mapping[str, Any]) -> Tensor:
-    given = [batch[key] for key in ("input_ids", "inputs_embeds") if batch.get(key) is not None]
+    given = [(key, batch[key]) for key in ("input_ids", "inputs_embeds") if batch.get(key) is not None]
     if len(given) != 1:
         raise ValueError("batch: give exactly one of input_ids [B, S] and inputs_embeds [B, S, hidden]")
-    return given[0]
+    key, tokens = given[0]
+    if tokens.ndim != (2 if key == "input_ids" else 3) or not tokens.numel():
+        shape = "[B, S]" if key == "input_ids" else "[B, S, hidden]"
+        raise ValueError(f"batch: {key} has shape {tuple(tokens.shape)}, expected {shape} with at least one token")
+    return tokens
 
 
 def _check_shapes(batch: Mapping[str, Any], tokens: Tensor) -> None:
@@ -188,41 +195,53 @@ def _stream(batch: Mapping[str, Any], tokens: Tensor) -> tuple[Rows, tuple[int, 
 
 
 def _documents(batch: Mapping[str, Any], rows: Rows) -> tuple[int, ...]:
+    """Boundaries from the keys that give them, which must agree; without such a key from positions that reset."""
+    given = {key: _bounds(key, batch[key], rows) for key in BOUND_KEYS if batch.get(key) is not None}
+    resets = _resets(batch.get("position_ids"), rows)
+    if not given:
+        return resets
+    key, bounds = next(iter(given.items()))
+    for other, also in {**given, **({"position_ids": tuple(sorted({*bounds, *resets}))})}.items():
+        if also != bounds:
+            raise ValueError(f"batch: {key} and {other} describe different documents ({_short(bounds)}, {_short(also)})")
+    return bounds
+
+
+def _resets(positions: Tensor | None, rows: Rows) -> tuple[int, ...]:
+    """Boundaries of rows, and where positions do not go on: neither by one nor by as many columns as were dropped between."""
     batch_size, length = rows.shape
-    given = _given_documents(batch, rows)
-    if given is not None:
-        return given
-    positions = batch.get("position_ids")
     if rows.kept is None and (positions is None or length == 1):
         return tuple(range(0, rows.tokens + 1, length))
     flat = torch.arange(rows.tokens) if rows.kept is None else rows.kept
     starts = flat.div(length, rounding_mode="floor").diff() != 0
     if positions is not None:
-        order = positions.cpu().expand(batch_size, -1).flatten()[flat]
-        starts |= order.diff() != 1
+        step = positions.cpu().expand(batch_size, -1).flatten()[flat].diff()
+        starts |= (step != 1) & (step != flat.diff())
     return (0, *(starts.nonzero().squeeze(1) + 1).tolist(), rows.tokens)
 
 
-def _given_documents(batch: Mapping[str, Any], rows: Rows) -> tuple[int, ...] | None:
-    """cu_seq_lens_q or seq_lens, checked against the row they must describe."""
-    bounds, lengths = batch.get("cu_seq_lens_q"), batch.get("seq_lens")
-    if bounds is None and lengths is None:
-        return None
-    key = "seq_lens" if bounds is None else "cu_seq_lens_q"
-    if bounds is None:
-        flat = torch.as_tensor(lengths).flatten().cpu()
-        bounds = torch.cat((flat.new_zeros(1), flat.cumsum(0)))
-    values = torch.as_tensor(bounds).flatten().tolist()
+def _bounds(key: str, given: Any, rows: Rows) -> tuple[int, ...]:
+    """cu_seqlens from one of BOUND_KEYS, checked against the rows it must describe."""
+    values = torch.as_tensor(given).cpu()
     if rows.kept is not None:
         raise ValueError(f"batch: {key} and an attention_mask with zeros contradict each other; give one of them")
-    if values[0] != 0 or values[-1] != rows.tokens or any(a > b for a, b in pairwise(values)):
-        raise ValueError(f"batch: {key} must ascend from 0 to the {rows.tokens} tokens of the batch, got {_short(values)}")
-    row_starts = range(0, rows.tokens + 1, rows.shape[1])
-    return tuple(sorted({*values, *row_starts}))
+    if values.is_floating_point() or values.dtype == torch.bool or not values.numel():
+        raise ValueError(f"batch: {key} must hold whole numbers, got {values.dtype} of shape {tuple(values.shape)}")
+    if key == "seq_idx":
+        if values.shape != rows.shape:
+            raise ValueError(f"batch: seq_idx has shape {tuple(values.shape)}, expected {rows.shape} like the tokens")
+        bounds = [0, *(values.flatten().diff().nonzero().squeeze(1) + 1).tolist(), rows.tokens]
+    elif key == "seq_lens":
+        bounds = [0, *values.flatten().cumsum(0).tolist()]
+    else:
+        bounds = values.flatten().tolist()
+    if bounds[0] != 0 or bounds[-1] != rows.tokens or any(a > b for a, b in pairwise(bounds)):
+        raise ValueError(f"batch: {key} must ascend from 0 to the {rows.tokens} tokens of the batch, got {_short(bounds)}")
+    return tuple(sorted({*bounds, *range(0, rows.tokens + 1, rows.shape[1])}))
 
 
-def _short(values: list[int]) -> str:
-    return str(values) if len(values) <= 8 else f"[{', '.join(map(str, values[:4]))}, ..., {values[-1]}]"
+def _short(values: Sequence[int]) -> str:
+    return str(list(values)) if len(values) <= 8 else f"[{', '.join(map(str, values[:4]))}, ..., {values[-1]}]"
 
 
 def _with_padding(documents: tuple[int, ...], length: int) -> tuple[int, ...]:
@@ -237,7 +256,7 @@ def _positions(batch: Mapping[str, Any], rows: Rows, documents: tuple[int, ...],
     if given is not None:
         return given.expand(batch_size, -1)
     columns = torch.arange(length, device=tokens.device).expand(batch_size, -1)
-    if batch.get("cu_seq_lens_q") is None and batch.get("seq_lens") is None:
+    if all(batch.get(key) is None for key in BOUND_KEYS):
         return columns
     flat = torch.arange(rows.tokens, device=tokens.device)
     starts = torch.tensor(documents, device=tokens.device)
@@ -262,11 +281,11 @@ def _shift(x_BS: Tensor, fill: float) -> Tensor:
 
 def _count(targets: Tensor, weights: Tensor | None) -> Tensor:
     valid = targets != IGNORE
-    return valid.sum().double() if weights is None else (weights.double() * valid).sum()
+    return valid.sum().double() if weights is None else torch.where(valid, weights.double(), 0.0).sum()
 
 
 def _check_padding_has_no_targets(targets: Tensor | None, batch: Mapping[str, Any], rows: Rows) -> None:
-    labels = batch.get("labels", batch.get("shift_labels"))
+    labels = batch["labels"] if batch.get("labels") is not None else batch.get("shift_labels")
     if targets is None or labels is None or rows.kept is None:
         return
     padding = torch.ones(labels.numel(), dtype=torch.bool)

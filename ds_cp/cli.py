@@ -39,7 +39,7 @@ def check(
         Console(stderr=True).print(f"[red]refused:[/red] {error}", soft_wrap=True)
         raise typer.Exit(1) from None
     table = Table("setting", "in this job")
-    name = "zigzag" if block.layout == "auto" else block.layout
+    name = layout.resolve(block.layout)
     for setting, value in {
         "size": degrees.size,
         "ulysses_size": degrees.ulysses,

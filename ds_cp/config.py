@@ -26,7 +26,7 @@ Count = Annotated[int, Field(ge=0, strict=True)]
 class Config(BaseModel):
     """The block, as the user wrote it; "auto" is resolved later, once, and printed."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
     size: Degree | Auto = 1
     """Ranks that share one row. "auto" takes all ranks; 1 switches sequence parallelism off."""
@@ -115,6 +115,8 @@ def load(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, Any]:
     """
     if isinstance(source, Mapping):
         return dict(source)
+    if not isinstance(source, str | os.PathLike):
+        raise ValueError(f"config: got {type(source).__name__}, expected a path, a dict or base64 JSON")
     text = os.fspath(source)
     if os.path.isfile(text):
         with open(text, encoding="utf-8") as file:
@@ -136,7 +138,7 @@ def parse(source: str | os.PathLike[str] | Mapping[str, Any]) -> Config:
     if not isinstance(block, Mapping):
         raise ValueError(f'{BLOCK}: expected an object like {{"size": 2}}, got {block!r}')
     try:
-        return Config(**block)
+        return Config.model_validate({str(key): value for key, value in block.items()})
     except ValidationError as error:
         raise ValueError(_explain(error)) from None
 
@@ -145,12 +147,20 @@ def _parse_json(text: str, name: str) -> dict[str, Any]:
     import hjson  # DeepSpeed's own parser: a file that it accepts with comments is accepted here too
 
     try:
-        value = hjson.loads(text)
+        value = hjson.loads(text, object_pairs_hook=_without_duplicates)
     except hjson.HjsonDecodeError as error:
         raise ValueError(f"config: {name} is not valid JSON: {error}") from None
     if not isinstance(value, Mapping):
         raise ValueError(f"config: {name} holds {type(value).__name__}, expected a JSON object")
     return dict(value)
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """As in DeepSpeed: a key that stands twice would silently lose one of its values."""
+    twice = sorted({key for key, _ in pairs if sum(key == other for other, _ in pairs) > 1})
+    if twice:
+        raise ValueError(f"config: {', '.join(map(repr, twice))} stands more than once in one object; keep one of them")
+    return dict(pairs)
 
 
 def _explain(error: ValidationError) -> str:

@@ -14,7 +14,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
 from ds_cp import batch as batches
-from ds_cp import comm, factor, mesh, preflight, topology
+from ds_cp import comm, factor, layout, mesh, preflight, topology
 from ds_cp import config as configs
 from ds_cp.config import Config
 from ds_cp.kernels import attention as attention_kernels
@@ -65,14 +65,8 @@ def initialize(
     }
     given |= {} if distributed_port is None else {"distributed_port": distributed_port}
     if block.size == 1:
-        return deepspeed.initialize(
-            **given,
-            training_data=training_data,
-            mpu=mpu,
-            collate_fn=collate_fn,
-            config=ds_config,
-            mesh_param=mesh_param,
-        )
+        data = {"training_data": training_data, "collate_fn": collate_fn}
+        return deepspeed.initialize(**given, **data, mpu=mpu, config=ds_config, mesh_param=mesh_param)
     if mpu is not None or mesh_param is not None:
         raise ValueError("mpu, mesh_param: ds_cp brings its own process groups beside DeepSpeed's; leave them out")
     preflight.check_extension_locks()
@@ -84,18 +78,20 @@ def initialize(
     ours["sequence_parallel_size"] = mesh_.seq.size  # DeepSpeed's batch arithmetic then counts replicas
     engine, optimizer, _, scheduler = deepspeed.initialize(**given, config=ours)
     attach_model(engine.module, block, mesh_, engine.gradient_accumulation_steps)
-    loader = None
-    if training_data is not None:
-        loader = StepLoader(
-            dataset=training_data,
-            batch_size=engine.train_micro_batch_size_per_gpu(),
-            collate_fn=collate_fn,
-            mesh=mesh_,
-            steps=engine.gradient_accumulation_steps,
-            device=torch.device(get_accelerator().current_device_name()),
-            count=block.loss_reduction in ("auto", "token_mean"),
-        )
+    loader = None if training_data is None else _loader(training_data, collate_fn, engine, block, mesh_)
     return engine, optimizer, loader, scheduler
+
+
+def _loader(data: Any, collate_fn: Any, engine: deepspeed.DeepSpeedEngine, block: Config, mesh_: Mesh) -> StepLoader:
+    return StepLoader(
+        dataset=data,
+        batch_size=engine.train_micro_batch_size_per_gpu(),
+        collate_fn=collate_fn,
+        mesh=mesh_,
+        steps=engine.gradient_accumulation_steps,
+        device=torch.device(get_accelerator().current_device_name()),
+        count=block.loss_reduction in ("auto", "token_mean"),
+    )
 
 
 def prepare(model: nn.Module, block: Config) -> Mesh:
@@ -127,7 +123,7 @@ def attach_model(model: nn.Module, block: Config, mesh_: Mesh, divisor: Callable
         model=attach.find(model),
         mesh=mesh_,
         kernel=attention_kernels.load(kernel_name(block)),
-        layout=layout_name(block),
+        layout=layout.resolve(block.layout),
         loss=CausalLMLoss(reduction=block.loss_reduction, divisor=divisor),
     )
     handle.apply()
@@ -146,11 +142,6 @@ def kernel_name(block: Config) -> str:
     return name
 
 
-def layout_name(block: Config) -> str:
-    """The layout's name, "auto" resolved."""
-    return "zigzag" if block.layout == "auto" else block.layout
-
-
 def print_table(block: Config, mesh_: Mesh) -> None:
     """What the run does, "auto" resolved, once, on the calling rank."""
     from rich.console import Console
@@ -164,7 +155,7 @@ def print_table(block: Config, mesh_: Mesh) -> None:
         "size": degrees.size,
         "ulysses_size": degrees.ulysses,
         "ring_size": degrees.ring,
-        "layout": layout_name(block),
+        "layout": layout.resolve(block.layout),
         "attention_kernel": kernel_name(block),
         "loss_reduction": "token_mean if counted, else mean" if block.loss_reduction == "auto" else block.loss_reduction,
         "comm_timeout_s": block.comm_timeout_s,

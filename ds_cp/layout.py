@@ -46,6 +46,11 @@ class Layout:
         return _cut(self.ring_ranges(ring_rank), ulysses_rank * piece, (ulysses_rank + 1) * piece)
 
 
+def resolve(name: str) -> str:
+    """The layout that "auto" stands for."""
+    return "zigzag" if name == "auto" else name
+
+
 def chunk_count(name: str, ring: int) -> int:
     """Chunks that layout `name` cuts a row into."""
     return 2 * ring if name == "zigzag" and ring > 1 else ring

@@ -95,7 +95,7 @@ def _sum(logits: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
     if weights is None:
         return functional.cross_entropy(scores, targets, ignore_index=IGNORE, reduction="sum")
     losses = functional.cross_entropy(scores, targets, ignore_index=IGNORE, reduction="none")
-    return (losses * weights.flatten().to(work)).sum()
+    return (losses * weights.flatten().to(work).masked_fill(targets == IGNORE, 0.0)).sum()
 
 
 class _Shown(torch.autograd.Function):

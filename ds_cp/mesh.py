@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import datetime
+import math
 import os
 from dataclasses import dataclass
 
 import torch.distributed as dist
 
 from ds_cp.topology import AXES, Axis, Topology
+
+LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE")
 
 
 @dataclass(frozen=True)
@@ -47,11 +50,15 @@ def build(topology: Topology, timeout_s: int) -> Mesh:
 
 
 def local_world_size() -> int:
-    """Ranks on this node, from the launcher's LOCAL_WORLD_SIZE (or mpirun's); all ranks where it is not set."""
-    for name in ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"):
-        if name in os.environ:
-            return int(os.environ[name])
-    return dist.get_world_size()
+    """The largest number of neighbouring ranks that is sure to stay inside a node; all ranks of the job must call it.
+
+    From the launcher's LOCAL_WORLD_SIZE (or mpirun's), all ranks where it is not set. Nodes of different size count with their
+    greatest common divisor, so that every rank comes to the same answer.
+    """
+    mine = next((int(os.environ[name]) for name in LOCAL_SIZES if name in os.environ), dist.get_world_size())
+    everyone: list[int] = [0] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return math.gcd(*everyone)
 
 
 def _axis(topology: Topology, axis: Axis, timeout: datetime.timedelta) -> AxisGroup:

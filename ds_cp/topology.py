@@ -119,6 +119,10 @@ def resolve(
         ulysses = size // ring if size % ring == 0 else 0
     if ring == "auto":
         ring = size // ulysses if size % ulysses == 0 else 0
+    for name, degree in (("ulysses_size", ulysses), ("ring_size", ring)):
+        if degree and size % degree:
+            legal = [d for d in range(1, size + 1) if size % d == 0]
+            raise ValueError(f"sequence_parallel.{name}: {degree} does not divide size {size}; use one of {legal}")
     if ulysses * ring != size:
         raise ValueError(
             f'sequence_parallel: ulysses_size {ulysses} x ring_size {ring} is not size {size}; change one or leave it "auto"'

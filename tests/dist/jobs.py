@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import os
 import time
 
 import deepspeed
 import torch
 
 import ds_cp
-from ds_cp import factor, selftest
+from ds_cp import factor, mesh, selftest
 from ds_cp.batch import IGNORE, count_targets
 from ds_cp.models import attach
 
@@ -235,3 +236,12 @@ def stall(block: dict[str, Any], seconds: float) -> None:
     if torch.distributed.get_rank() == 1:
         time.sleep(seconds)
     engine(**rows(1, 20)[0])
+
+
+def local_world_sizes(sizes: list[int]) -> int:
+    before = os.environ["LOCAL_WORLD_SIZE"]
+    os.environ["LOCAL_WORLD_SIZE"] = str(sizes[torch.distributed.get_rank()])
+    try:
+        return mesh.local_world_size()
+    finally:
+        os.environ["LOCAL_WORLD_SIZE"] = before

@@ -90,7 +90,8 @@ def _work(rank: int, world: int, local_world: int, port: int, jobs: Any, results
 
     torch.set_num_threads(1)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    torch.utils.deterministic.fill_uninitialized_memory = True  # NaN in torch.empty, with the switch below
+    torch.utils.deterministic.fill_uninitialized_memory = True  # NaN in torch.empty, while the next line holds
+    torch.use_deterministic_algorithms(True, warn_only=True)
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     while True:
         name, kwargs = jobs.get()

@@ -102,6 +102,10 @@ def test_auto_sizes_stay_inside_a_node(pool) -> None:
     assert pool(4).run(jobs.degrees, block={"size": 2}) == [(2, 1, 2)] * 4
 
 
+def test_nodes_of_different_size_count_with_what_divides_them(pool) -> None:
+    assert pool(4).run(jobs.local_world_sizes, sizes=[2, 2, 4, 4]) == [2] * 4
+
+
 def test_rows_that_differ_in_a_group_are_refused_on_every_rank_of_it(pool) -> None:
     assert "the ranks of one sequence group got different rows" in refused(pool(4), jobs.different_rows, block=block(2, 2))
 

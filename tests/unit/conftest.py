@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-# What is red for one is red for all, and no database is written into the work tree.
+# What is red for one is red for all, and a run does not depend on the one before.
 settings.register_profile("ds_cp", derandomize=True, deadline=None, database=None, print_blob=False)
 settings.load_profile("ds_cp")
 

@@ -423,3 +423,55 @@ def test_documents_and_a_mask_with_zeros_contradict_each_other(key: str) -> None
     value = {"cu_seq_lens_q": [0, 21], "seq_lens": [21]}[key]
     message = refusal({**rows(*RIGHT.shape, mask=RIGHT), key: torch.tensor(value)})
     assert message == f"batch: {key} and an attention_mask with zeros contradict each other; give one of them"
+
+
+@pytest.mark.parametrize("key", ["seq_idx", "cu_seq_lens_k"])
+def test_a_document_key_alone_is_read(key: str) -> None:
+    value = {"seq_idx": torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2]]), "cu_seq_lens_k": torch.tensor([0, 3, 5, 8])}[key]
+    assert documents({**rows(1, 8), key: value}) == (0, 3, 5, 8)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("seq_lens", [4, 4]),
+        ("cu_seq_lens_k", torch.tensor([0, 2, 8])),
+        ("position_ids", torch.tensor([[0, 1, 2, 0, 1, 0, 1, 2]])),
+    ],
+)
+def test_document_keys_that_contradict_each_other_are_refused(key: str, value: Any) -> None:
+    message = refusal({**rows(1, 8), "cu_seq_lens_q": torch.tensor([0, 3, 8]), key: value})
+    assert f"cu_seq_lens_q and {key} describe different documents" in message
+
+
+def test_positions_that_run_through_given_documents_do_not_contradict_them() -> None:
+    batch = {**rows(1, 8), "cu_seq_lens_q": torch.tensor([0, 3, 8]), "position_ids": torch.arange(8).unsqueeze(0)}
+    assert documents(batch) == (0, 3, 8)
+
+
+@pytest.mark.parametrize("counted", ["columns", "kept tokens"])
+def test_padding_inside_a_row_does_not_split_a_document(counted: str) -> None:
+    mask = torch.tensor([[1, 1, 1, 0, 0, 1, 1, 1]])
+    positions = torch.arange(8).unsqueeze(0) if counted == "columns" else (mask.cumsum(1) - 1).clamp(min=0)
+    assert documents({**rows(1, 8, mask), "position_ids": positions}) == (0, 6, 8), "six tokens of one document, two of padding"
+
+
+@pytest.mark.parametrize(
+    ("batch", "reason"),
+    [
+        ({"input_ids": torch.arange(8)}, r"input_ids has shape (8,), expected [B, S]"),
+        ({"input_ids": torch.zeros(1, 0, dtype=torch.long)}, "at least one token"),
+        ({**rows(1, 8), "cu_seq_lens_q": torch.tensor([])}, "cu_seq_lens_q must hold whole numbers"),
+        ({**rows(1, 8), "cu_seq_lens_q": torch.tensor([0, 2.5, 8])}, "cu_seq_lens_q must hold whole numbers"),
+        ({**rows(1, 8), "seq_idx": torch.zeros(1, 7, dtype=torch.long)}, "seq_idx has shape (1, 7)"),
+    ],
+)
+def test_malformed_rows_are_refused_in_a_sentence(batch: dict[str, Any], reason: str) -> None:
+    assert reason in refusal(batch)
+
+
+def test_a_weight_that_is_not_a_number_does_not_count_where_there_is_no_target() -> None:
+    batch = rows(1, 8)
+    batch["labels"][:, 3] = IGNORE
+    weights = torch.ones(1, 8).index_fill(1, torch.tensor([3]), float("nan"))
+    assert float(batches.count_targets({**batch, "loss_weights": weights})) == 6

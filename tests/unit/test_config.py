@@ -290,3 +290,22 @@ def test_the_docs_have_one_row_a_field() -> None:
     for row, (name, field) in zip(rows, Config.model_fields.items(), strict=True):
         assert (" | all | " in row) == (name not in config.THIS_VERSION)
         assert row.endswith(f"| {field.description} |")
+
+
+@pytest.mark.parametrize("source", [None, 3, ["a"]])
+def test_a_source_of_another_type_is_refused(source: Any) -> None:
+    with pytest.raises(ValueError, match="expected a path, a dict or base64 JSON"):
+        config.parse(source)
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path: Any) -> None:
+    path = tmp_path / "ds_config.json"
+    path.write_text('{"sequence_parallel": {"size": 2, "size": 4}}')
+    with pytest.raises(ValueError, match="'size' stands more than once"):
+        config.parse(path)
+
+
+@pytest.mark.parametrize(("field", "value"), [("tiled_mlp", "off"), ("profile", "yes"), ("profile", 0)])
+def test_a_switch_takes_true_and_false_alone(field: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"sequence_parallel.{field}: got"):
+        config.parse({"sequence_parallel": {field: value}})

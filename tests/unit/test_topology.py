@@ -212,7 +212,7 @@ def test_degrees_that_do_not_make_the_size_are_refused() -> None:
 
 @pytest.mark.parametrize(("ulysses", "ring"), [(3, "auto"), ("auto", 3), (16, "auto"), ("auto", 16)])
 def test_one_degree_that_does_not_divide_an_auto_size_is_refused(ulysses: int | str, ring: int | str) -> None:
-    with pytest.raises(ValueError, match="is not size 8"):
+    with pytest.raises(ValueError, match="does not divide size 8; use one of"):
         resolve(ulysses=ulysses, ring=ring)
 
 

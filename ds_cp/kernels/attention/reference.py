@@ -65,8 +65,7 @@ def _expand(x_SMH: Tensor, q_TNH: Tensor) -> Tensor:
 
 def _fold(d_SNH: Tensor, like_SMH: Tensor) -> Tensor:
     """Sums the gradients of the query heads that share a key/value head."""
-    tokens, heads, size = like_SMH.shape
-    return d_SNH.reshape(tokens, heads, -1, size).sum(2).to(like_SMH.dtype)
+    return d_SNH.unflatten(1, (like_SMH.shape[1], -1)).sum(2).to(like_SMH.dtype)
 
 
 def _scores(q_TNH: Tensor, k_SMH: Tensor, tile: Tile, scale: float) -> Tensor:
