@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 ACCUMULATION = 2
 TOLERANCE = 0.05  # bf16 reductions round; a wrong divisor is off by a factor of two or more
+SMALL_BUCKET = 1024  # DeepSpeed allocates its buckets at once: by default 2 GB, for one parameter
 KEPT = (
     "zero_optimization",
     "bf16",
@@ -80,7 +81,8 @@ class _One(nn.Module):
 
 def _one_parameter_engine(ds_config: Mapping[str, Any]) -> deepspeed.DeepSpeedEngine:
     config = {key: _resolved(ds_config[key]) for key in KEPT if key in ds_config and ds_config[key] != "auto"}
-    zero = config.get("zero_optimization", {})
+    zero = config.setdefault("zero_optimization", {})
+    zero |= {"reduce_bucket_size": SMALL_BUCKET, "allgather_bucket_size": SMALL_BUCKET}
     for section in ("offload_optimizer", "offload_param"):
         if zero.get(section, {}).get("device") == "nvme":
             zero.pop(section)  # where the state lies does not change the sum

@@ -57,7 +57,7 @@ def ds_config(stage: int, block: dict[str, Any], accumulation: int = 1, zero: di
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": 0.0,
-        "zero_optimization": {"stage": stage, **(zero or {})},
+        "zero_optimization": {"stage": stage, "reduce_bucket_size": 100_000, **(zero or {})},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "sequence_parallel": block,

@@ -83,7 +83,7 @@ def train(
 
 def deepspeed_section(block: dict[str, Any] | None, stage: int) -> dict[str, Any]:
     section = {
-        "zero_optimization": {"stage": stage},
+        "zero_optimization": {"stage": stage, "reduce_bucket_size": 100_000},
         "train_micro_batch_size_per_gpu": "auto",
         "train_batch_size": "auto",
         "gradient_accumulation_steps": "auto",
