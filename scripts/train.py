@@ -64,6 +64,7 @@ class ModelArguments:
 class TrainArguments(TrainingArguments):
     """TrainingArguments, and what this script does with the metrics."""
 
+    output_dir: str = field(default="runs/train", metadata={"help": "folder of the metrics, the picture, checkpoints, the model"})
     logging_steps: float = field(default=1, metadata={"help": "log every so many steps, or that part of all steps below 1"})
     compare: str | None = field(default=None, metadata={"help": "metrics.jsonl of another run, to be drawn in the same picture"})
     name: str | None = field(default=None, metadata={"help": "this run's name in the picture; default: the output folder's"})
