@@ -37,6 +37,7 @@ class TrainerMixin:
         super().__init__(*args, **kwargs)
         ds_config = _deepspeed_config(self)
         block = config.parse(ds_config)
+        _settle_auto(ds_config, self.accelerator.num_processes)
         if block.size == 1:
             return
         _check_launch(self.accelerator.num_processes)
@@ -167,6 +168,18 @@ def _deepspeed_config(trainer: HfTrainer) -> Mapping[str, Any]:
             "TrainingArguments(deepspeed='ds_config.json')"
         )
     return plugin.deepspeed_config
+
+
+def _settle_auto(ds_config: Mapping[str, Any], processes: int) -> None:
+    """Leaves no "auto" in the block of HF's own copy: accelerate refuses every "auto" that it cannot fill in itself.
+
+    What is left out of the block is "auto" anyway, and parsing it again gives the same.
+    """
+    block = ds_config.get(config.BLOCK, {})
+    if block.get("size") == "auto":
+        block["size"] = processes
+    for key in [key for key, value in block.items() if value == "auto"]:
+        del block[key]
 
 
 def _check_launch(processes: int) -> None:

@@ -49,6 +49,12 @@ def test_every_zero_stage_without_what_hides_a_scale(pool, tmp_path: Path, stage
     assert_same_run(run(pool, 4, tmp_path, block=block(2, 2), stage=stage, **settings), wanted, tolerance=1e-5)
 
 
+def test_auto_in_the_block_is_not_taken_for_an_auto_of_transformers(pool, tmp_path: Path) -> None:
+    wanted = run(pool, 1, tmp_path, block=None, stage=None)
+    auto = {"size": "auto", "ulysses_size": "auto", "ring_size": 2, "loss_reduction": "auto", "layout": "auto"}
+    assert_same_run(run(pool, 4, tmp_path, block=auto), wanted)
+
+
 @pytest.mark.parametrize("average", [True, False])
 def test_two_replicas_are_those_of_transformers(pool, tmp_path: Path, average: bool) -> None:
     settings = {"average_tokens_across_devices": average, "eval_strategy": "steps", "eval_steps": 2}
