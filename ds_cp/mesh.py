@@ -49,6 +49,13 @@ def build(topology: Topology, timeout_s: int) -> Mesh:
     return Mesh(topology=topology, **axes)
 
 
+def destroy(mesh: Mesh) -> None:
+    """Frees the groups; all ranks of the job must call it. A gloo group keeps threads that wake a hundred times a second."""
+    for axis in (mesh.ulysses, mesh.ring, mesh.seq, mesh.data):
+        if axis.group is not None:
+            dist.destroy_process_group(axis.group)
+
+
 def local_world_size() -> int:
     """The largest number of neighbouring ranks that is sure to stay inside a node; all ranks of the job must call it.
 

@@ -110,8 +110,7 @@ def sharded(
     handle = engines.attach.handle_of(engine)
     shown = float(engines.comm.all_sum(torch.tensor(shown), handle.mesh.data.group)) / len(replica_batches)
     after = full_parameters(engine.module)
-    handle.remove()
-    engine.destroy()
+    finish(engine)
     return shown, {name: (before[name] - after[name]) / LR for name in before}
 
 
@@ -139,6 +138,14 @@ def _gradient(parameter: Tensor) -> Tensor:
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.detach().clone()
 
 
+def finish(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Gives model, groups and engine back; all ranks must call it."""
+    handle = engines.attach.handle_of(engine)
+    handle.remove()
+    engines.mesh.destroy(handle.mesh)
+    engine.destroy()
+
+
 def sharded_low_precision(model: nn.Module, config: dict[str, Any], batches: Sequence[Batch]) -> tuple[float, dict[str, Tensor]]:
     """Like `sharded` for one replica and one micro-batch, with the gradient read from DeepSpeed's fp32 accumulator."""
     from deepspeed.utils import safe_get_full_grad
@@ -149,8 +156,7 @@ def sharded_low_precision(model: nn.Module, config: dict[str, Any], batches: Seq
     engine.backward(loss)
     gradients = {name: safe_get_full_grad(p).detach().float().clone() for name, p in engine.module.named_parameters()}
     engine.step()
-    engines.attach.handle_of(engine).remove()
-    engine.destroy()
+    finish(engine)
     return float(loss.detach()), gradients
 
 
@@ -172,6 +178,7 @@ def parity_without_deepspeed(model_type: str, kernel: str, ulysses: int, ring: i
     loss.backward()
     gradients = {name: engines.comm.all_sum(_gradient(p), mesh.seq.group) / topology.size for name, p in model.named_parameters()}
     handle.remove()
+    engines.mesh.destroy(mesh)
     report = compare(float(loss.detach()), gradients, *wanted)
     return max(report.loss_error, report.worst[1])
 
@@ -201,6 +208,5 @@ def trajectory_error(model_type: str, block: dict[str, Any], stage: int, batches
             engine.step()
     wanted = {name: p.detach() for name, p in alone.named_parameters()}
     report = compare(0.0, full_parameters(engine.module), 0.0, wanted)
-    engines.attach.handle_of(engine).remove()
-    engine.destroy()
+    finish(engine)
     return report.worst[1]

@@ -1,4 +1,4 @@
-"""One pool of workers per world size, shared by every distributed test."""
+"""One pool of workers per world size, shared by the tests of a module."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from tests.dist.pool import Pool
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def pool(built_extension: None) -> Iterator[Callable[..., Pool]]:
     pools: dict[tuple[int, int | None], Pool] = {}
 

@@ -116,7 +116,7 @@ def loader_rows(block: dict[str, Any], accumulation: int, count: int) -> tuple[l
         engine.backward(engine(**batch).loss)
         engine.step()
     assert [int(b["input_ids"][0, 0]) for b in loader] != [int(b["input_ids"][0, 0]) for b in batches], "next epoch, next order"
-    engine.destroy()
+    selftest.finish(engine)
     return [int(b["input_ids"][0, 0]) for b in batches], [float(b["num_items_in_batch"]) for b in batches]
 
 
@@ -137,7 +137,7 @@ def unsharded_logits(block: dict[str, Any], batch: dict[str, Any]) -> tuple[floa
         gradient = deepspeed.utils.safe_get_full_grad(dict(engine.module.named_parameters())[name])
     reference = dict(alone.named_parameters())[name].grad
     error = float((whole - wanted).abs()[kept].max() / wanted.abs().max())
-    engine.destroy()
+    selftest.finish(engine)
     return error, float((gradient - reference).abs().max() / reference.abs().max()), local.shape[1]
 
 
@@ -151,7 +151,7 @@ def disabled_outputs(block: dict[str, Any]) -> tuple[bool, int]:
         generated = engine.module.generate(input_ids=ids, max_new_tokens=5, min_new_tokens=5, do_sample=False)
     wanted = selftest.tiny_model("llama")(input_ids=ids).logits
     assert engine(input_ids=ids, labels=ids).logits.shape[1] < 20, "sharded again after the block"
-    engine.destroy()
+    selftest.finish(engine)
     return torch.equal(inside, wanted), generated.shape[1] - 20
 
 
@@ -162,7 +162,7 @@ def evaluation_error(block: dict[str, Any]) -> float:
     engine.eval()
     with torch.no_grad():
         got = float(engine(**batch).loss)
-    engine.destroy()
+    selftest.finish(engine)
     return abs(got - wanted) / wanted
 
 
@@ -193,7 +193,7 @@ def _steps(engine: Any, data: list[dict[str, Any]]) -> None:
 def _loss_and_destroy(engine: Any, batch: dict[str, Any]) -> float:
     with torch.no_grad():
         loss = float(engine(**batch).loss)
-    engine.destroy()
+    selftest.finish(engine)
     return loss
 
 
@@ -207,13 +207,13 @@ def verified_factor(config: dict[str, Any]) -> float:
 
 def initialize_only(block: dict[str, Any], changes: dict[str, Any] | None = None, mpu: Any = None) -> None:
     engine, _ = started(block, changes=changes, mpu=mpu)
-    engine.destroy()
+    selftest.finish(engine)
 
 
 def degrees(block: dict[str, Any]) -> tuple[int, int, int]:
     engine, _ = started(block)
     topology = attach.handle_of(engine).mesh.topology
-    engine.destroy()
+    selftest.finish(engine)
     return topology.ulysses, topology.ring, topology.data
 
 

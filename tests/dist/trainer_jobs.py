@@ -13,7 +13,7 @@ from transformers import Trainer as HfTrainer
 from transformers import TrainingArguments
 
 import ds_cp
-from ds_cp import selftest
+from ds_cp import mesh, selftest
 from ds_cp.models import attach
 from tests.dist.jobs import Rows
 
@@ -76,6 +76,7 @@ def train(
     handle = attach.handle_of(built.model)
     if handle is not None:
         handle.remove()
+        mesh.destroy(handle.mesh)
     if stage is not None:
         built.accelerator.deepspeed_engine_wrapped.engine.destroy()
     return {"logs": built.state.log_history, "weights": weights if built.args.process_index == 0 else None}
