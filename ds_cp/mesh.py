@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import datetime
 import math
 import os
@@ -45,6 +46,7 @@ def build(topology: Topology, timeout_s: int) -> Mesh:
         timeout_s: seconds after which a collective of these groups fails.
     """
     assert dist.get_world_size() == topology.world, (dist.get_world_size(), topology)
+    atexit.register(_end_gloo)
     axes = {axis: _axis(topology, axis, datetime.timedelta(seconds=timeout_s)) for axis in AXES}
     return Mesh(topology=topology, **axes)
 
@@ -54,6 +56,12 @@ def destroy(mesh: Mesh) -> None:
     for axis in (mesh.ulysses, mesh.ring, mesh.seq, mesh.data):
         if axis.group is not None:
             dist.destroy_process_group(axis.group)
+
+
+def _end_gloo() -> None:
+    """Joins gloo's threads before the interpreter ends: one that then asks for the GIL aborts a run that had succeeded."""
+    if dist.is_initialized() and dist.get_backend() == "gloo":
+        dist.destroy_process_group()
 
 
 def local_world_size() -> int:

@@ -100,6 +100,8 @@ def main() -> None:
         trainer.save_model()
     if trainer.is_world_process_zero():
         report(args, metrics)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def start_deepspeed(args: TrainArguments) -> None:
