@@ -10,7 +10,7 @@ Documents never attend each other. All planning is in host integers.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -60,12 +60,20 @@ class SequenceContext:
     """Number (or weight) of the targets of the whole micro-batch, 0-d fp64; None without labels."""
     weights: Tensor | None
     """Local loss weights [1, T], shifted; None for ones."""
+    gathered: bool
+    """The ring gathers keys and values at once instead of passing them on (`ring_impl: allgather`)."""
     census: Any
     """What records the attention calls on the first step; None afterwards."""
 
 
 def prepare(
-    batch: Mapping[str, Any], mesh: Mesh, kernel: Kernel, layout: str, device: torch.device, census: Any = None
+    batch: Mapping[str, Any],
+    mesh: Mesh,
+    kernel: Kernel,
+    layout: str,
+    device: torch.device,
+    gathered: bool = False,
+    census: Any = None,
 ) -> tuple[dict[str, Any], SequenceContext]:
     """This rank's part of a batch of whole rows, and the context that goes with it.
 
@@ -74,6 +82,7 @@ def prepare(
             2-D `attention_mask`, `position_ids` [B, S], `cu_seq_lens_q` or `seq_lens`, `loss_weights` [B, S]. The same on
             every rank of the seq group.
         layout: "zigzag" or "contiguous".
+        gathered: plan for `ring_impl: allgather`.
 
     Returns:
         Keyword arguments with local tensors on `device`, and the context.
@@ -103,14 +112,25 @@ def prepare(
         mesh=mesh,
         kernel=kernel,
         layout=plan,
-        tiles=tiles.plan(plan, mesh.ring.rank, documents),
+        tiles=_tiles(plan, mesh, documents, gathered, device),
         documents=documents,
         rows=rows,
         targets=None if targets is None else _count(targets, weights).to(device, non_blocking=True),
         weights=None if weights is None else cut(weights, 0),
+        gathered=gathered,
         census=census,
     )
     return out, context
+
+
+def _tiles(plan: Layout, mesh: Mesh, documents: tuple[int, ...], gathered: bool, device: torch.device) -> Any:
+    """This rank's tiles; where kernels read document boundaries on a device, they are put there now, not in every layer."""
+    steps = (tiles.plan_gathered if gathered and plan.ring > 1 else tiles.plan)(plan, mesh.ring.rank, documents)
+    if device.type == "cpu":
+        return steps
+    (own,), *rest = steps
+    bounds = torch.tensor(own.documents, dtype=torch.int32, pin_memory=device.type == "cuda")
+    return (replace(own, cu_seqlens=bounds.to(device, non_blocking=True)),), *rest
 
 
 def shard(x_BS: Tensor, rows: Rows, plan: Layout, mesh: Mesh, fill: float) -> Tensor:

@@ -79,20 +79,24 @@ def all_sum(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 class Hop:
     """A posted exchange with the two ring neighbours; `wait()` returns what came in.
 
-    Shards: `x_i` of one shape on all ranks. Result: `y_i = x_(i - 1 mod w)`. The tensor sent must not change before `wait`.
+    Shards: `x_i` of one shape on all ranks. Result: `y_i = x_(i - 1 mod w)`, in `received`. Neither tensor may change, and
+    `received` not be read, before `wait`. NCCL moves it on a stream of its own, which first waits for what the current stream
+    was given before this call; `wait` makes the current stream wait, not the host.
     """
 
-    def __init__(self, x: Tensor, group: dist.ProcessGroup, ranks: tuple[int, ...], rank: int, what: str) -> None:
+    def __init__(self, x: Tensor, received: Tensor, group: dist.ProcessGroup, ranks: tuple[int, ...], rank: int, what: str) -> None:
         assert x.is_contiguous()
+        assert received.is_contiguous()
+        assert x.shape == received.shape
         self._what = f"{what} hop from rank {ranks[rank - 1]} to rank {ranks[rank]}"
         self._sent = x  # kept alive until the work is done
-        self._received = torch.empty_like(x)
+        self._received = received
         send = dist.P2POp(dist.isend, x, ranks[(rank + 1) % len(ranks)], group)
-        receive = dist.P2POp(dist.irecv, self._received, ranks[rank - 1], group)
+        receive = dist.P2POp(dist.irecv, received, ranks[rank - 1], group)
         self._work = dist.batch_isend_irecv([send, receive])
 
     def wait(self) -> Tensor:
-        """The neighbour's tensor.
+        """The neighbour's tensor; what was sent may be overwritten from now on.
 
         Raises:
             RuntimeError: it did not come within `comm_timeout_s`, or the neighbour is gone.
@@ -103,3 +107,29 @@ class Hop:
         except RuntimeError as error:
             raise RuntimeError(f"ds_cp: the {self._what} failed: {error}") from error
         return self._received
+
+
+class Gather:
+    """A posted all-gather; `wait()` returns everybody's tensors, [w, ...] in rank order. No gradient passes.
+
+    Shards: `x_i` of one shape on all ranks. It must not change before `wait`.
+    """
+
+    def __init__(self, x: Tensor, group: dist.ProcessGroup, ranks: int) -> None:
+        assert x.is_contiguous()
+        self._sent, self._received = x, x.new_empty(ranks * x.numel())
+        self._work = dist.all_gather_into_tensor(self._received, x.view(-1), group=group, async_op=True)
+
+    def wait(self) -> Tensor:
+        self._work.wait()
+        return self._received.view(-1, *self._sent.shape)
+
+
+def reduce_scatter(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Sums over ranks, of which each keeps its part. No gradient passes.
+
+    Shards: `x_i` [w, ...] with `x_i[j]` meant for rank j. Result: `y_j = sum_i x_i[j]`.
+    """
+    out = torch.empty_like(x[0])
+    dist.reduce_scatter_tensor(out.view(-1), x.contiguous().view(-1), group=group)
+    return out

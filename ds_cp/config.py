@@ -39,7 +39,8 @@ class Config(BaseModel):
     linear_attention: Literal["auto", "heads", "state"] = "auto"
     """How Gated DeltaNet layers are sharded."""
     ring_impl: Literal["p2p", "allgather"] = "p2p"
-    """How key/value blocks reach the other ring ranks."""
+    """How key/value blocks reach the other ring ranks: hop by hop behind the computation, or gathered at once, which means
+    fewer kernel calls and a whole row of keys and values in memory: for short rows over fast links."""
     attention_head_chunks: Degree | Auto = "auto"
     """Head groups that go through the all-to-all one after another; 1 sends all at once. "auto" is 1."""
     comm_timeout_s: Annotated[int, Field(ge=1, strict=True)] = 1800
@@ -47,7 +48,8 @@ class Config(BaseModel):
     profile: bool = False
     """Record a profile of the first steps."""
     attention_kernel: Literal["auto", "flash_attn", "torch_cudnn", "torch_flash", "torch_cpu", "reference"] = "auto"
-    """The attention kernel. "auto" is torch_flash on CUDA and torch_cpu on CPU."""
+    """The attention kernel. "auto" on CUDA: flash-attn 4 or 3 where installed, else cuDNN on Hopper for shapes that recur, and
+    torch_flash for the rest; on CPU torch_cpu."""
     delta_kernel: Literal["auto", "fla", "reference"] = "auto"
     """The Gated DeltaNet kernel."""
     loss_reduction: Literal["auto", "mean", "token_mean", "sum"] = "auto"
@@ -87,10 +89,8 @@ class Config(BaseModel):
 THIS_VERSION: Mapping[str, tuple[Any, ...]] = {
     "layout": ("auto", "zigzag", "contiguous"),
     "linear_attention": ("auto",),
-    "ring_impl": ("p2p",),
     "attention_head_chunks": ("auto", 1),
     "profile": (False,),
-    "attention_kernel": ("auto", "torch_flash", "torch_cpu", "reference"),
     "delta_kernel": ("auto",),
     "loss_chunk": ("auto", 0),
     "tiled_mlp": ("auto", False),

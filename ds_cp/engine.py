@@ -17,7 +17,8 @@ from ds_cp import batch as batches
 from ds_cp import comm, factor, layout, mesh, preflight, topology
 from ds_cp import config as configs
 from ds_cp.config import Config
-from ds_cp.kernels import attention as attention_kernels
+from ds_cp.kernels import choice
+from ds_cp.kernels.attention import Kernel
 from ds_cp.loader import StepLoader
 from ds_cp.loss import CausalLMLoss
 from ds_cp.mesh import Mesh
@@ -102,7 +103,7 @@ def prepare(model: nn.Module, block: Config) -> Mesh:
     """
     inner = attach.find(model)
     checks.refuse(inner)
-    kernel_name(block)
+    kernel_of(block)
     degrees = topology.resolve(
         block.size,
         block.ulysses_size,
@@ -122,24 +123,20 @@ def attach_model(model: nn.Module, block: Config, mesh_: Mesh, divisor: Callable
     handle = attach.Handle(
         model=attach.find(model),
         mesh=mesh_,
-        kernel=attention_kernels.load(kernel_name(block)),
+        kernel=kernel_of(block),
         layout=layout.resolve(block.layout),
+        gathered=block.ring_impl == "allgather",
         loss=CausalLMLoss(reduction=block.loss_reduction, divisor=divisor),
     )
     handle.apply()
     return handle
 
 
-def kernel_name(block: Config) -> str:
-    """The attention kernel's name, "auto" resolved by the device; refuses a kernel of another device."""
+def kernel_of(block: Config) -> Kernel:
+    """The attention kernel, "auto" resolved by the device; refuses one that is of another device or not installed."""
     device = get_accelerator().device_name()
-    name = block.attention_kernel
-    if name == "auto":
-        return "torch_flash" if device == "cuda" else "torch_cpu"
-    wrong = {"torch_flash": device != "cuda", "torch_cpu": device != "cpu"}.get(name, False)
-    if wrong:
-        raise ValueError(f'sequence_parallel.attention_kernel: {name!r} does not run on {device}; use "auto" or "reference"')
-    return name
+    capability = torch.cuda.get_device_capability()[0] if device == "cuda" else None
+    return choice.resolve(block.attention_kernel, device, capability)
 
 
 def print_table(block: Config, mesh_: Mesh) -> None:
@@ -156,7 +153,8 @@ def print_table(block: Config, mesh_: Mesh) -> None:
         "ulysses_size": degrees.ulysses,
         "ring_size": degrees.ring,
         "layout": layout.resolve(block.layout),
-        "attention_kernel": kernel_name(block),
+        "attention_kernel": choice.describe(kernel_of(block)),
+        "ring_impl": block.ring_impl,
         "loss_reduction": "token_mean if counted, else mean" if block.loss_reduction == "auto" else block.loss_reduction,
         "comm_timeout_s": block.comm_timeout_s,
     }

@@ -160,7 +160,7 @@ def sharded_low_precision(model: nn.Module, config: dict[str, Any], batches: Seq
     return float(loss.detach()), gradients
 
 
-def parity_without_deepspeed(model_type: str, kernel: str, ulysses: int, ring: int, batch: Batch) -> float:
+def parity_without_deepspeed(model_type: str, kernel: str, ulysses: int, ring: int, batch: Batch, ring_impl: str = "p2p") -> float:
     """Worst relative gradient error of the fp64 model, hooks and communication only; `ulysses * ring` is the job's world.
 
     HF computes its loss (and RMSNorm) in fp32, which would bound the error from below: the reference's loss is fp64 here, and the
@@ -171,7 +171,8 @@ def parity_without_deepspeed(model_type: str, kernel: str, ulysses: int, ring: i
     wanted = reference(alone, [batch], "mean")
     model = tiny_model(model_type).double()
     topology = engines.topology.Topology(ulysses=ulysses, ring=ring, data=1)
-    block = engines.Config(size=ulysses * ring, ulysses_size=ulysses, ring_size=ring, attention_kernel=kernel)
+    degrees = {"size": ulysses * ring, "ulysses_size": ulysses, "ring_size": ring}
+    block = engines.Config(**degrees, attention_kernel=kernel, ring_impl=ring_impl)
     mesh = engines.mesh.build(topology, timeout_s=60)
     handle = engines.attach_model(model, block, mesh, divisor=lambda: 1)
     loss = model(**batch).loss

@@ -14,7 +14,10 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
 
 from ds_cp.layout import Layout, Range
 
@@ -32,10 +35,25 @@ class Tile:
     k_start: int
     k_end: int
     documents: tuple[int, ...] | None = None
+    cu_seqlens: Any = field(default=None, compare=False, repr=False)
+    """`documents` as an int32 tensor on the kernel's device, put there once a batch; None where no kernel needs it."""
 
     @property
     def causal(self) -> bool:
         return self.documents is not None
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest document."""
+        assert self.documents is not None
+        return max(end - start for start, end in pairwise(self.documents))
+
+    @cached_property
+    def pairs(self) -> int:
+        """Pairs of a query and a key that it attends."""
+        if self.documents is None:
+            return (self.q_end - self.q_start) * (self.k_end - self.k_start)
+        return sum((end - start) * (end - start + 1) // 2 for start, end in pairwise(self.documents))
 
 
 def plan(layout: Layout, ring_rank: int, documents: Sequence[int]) -> tuple[tuple[Tile, ...], ...]:
@@ -50,6 +68,16 @@ def plan(layout: Layout, ring_rank: int, documents: Sequence[int]) -> tuple[tupl
         theirs = layout.ring_ranges((ring_rank - step) % layout.ring)
         steps.append(_rectangles(mine, theirs, documents))
     return tuple(steps)
+
+
+def plan_gathered(layout: Layout, ring_rank: int, documents: Sequence[int]) -> tuple[tuple[Tile, ...], ...]:
+    """The tiles of `ring_impl: allgather`: the own chunks, each by itself; then each against all of the row before it.
+
+    The keys of the second step are the whole row in its own order.
+    """
+    mine = layout.ring_ranges(ring_rank)
+    everywhere = sorted({*documents, *(edge for span in mine for edge in span)})
+    return (_own(mine, everywhere),), _rectangles(mine, ((0, layout.length),), documents)
 
 
 def _own(mine: tuple[Range, ...], documents: Sequence[int]) -> Tile:

@@ -56,6 +56,7 @@ class Handle:
     mesh: Mesh
     kernel: Kernel
     layout: str
+    gathered: bool
     loss: CausalLMLoss
     _undo: list[Any] | None = None
     _checked: bool = False
@@ -104,7 +105,7 @@ class Handle:
         if not self._checked:
             check_same_row(given, self.mesh, device)
         census = None if self._checked else Census()
-        local, context = batches.prepare(given, self.mesh, self.kernel, self.layout, device, census)
+        local, context = batches.prepare(given, self.mesh, self.kernel, self.layout, device, self.gathered, census)
         return (), {**local, "use_cache": False, "cp": context}
 
     def _after_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:

@@ -61,14 +61,15 @@ def bf16_errors(block: dict[str, Any], stage: int) -> tuple[float, float]:
     return ours.worst[1], theirs.worst[1]
 
 
-def fp64_parity(ulysses: int, ring: int) -> dict[str, float]:
+def fp64_parity(ulysses: int, ring: int, ring_impl: str = "p2p") -> dict[str, float]:
     """Worst relative gradient error per kernel of the fp64 model under hooks alone, packed and whole rows."""
     errors = {}
     for kernel in ("reference", "torch_cpu"):
         for lengths in ([50], [13, 1, 1, 22, 13]):
             positions = torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0)
             batch = {**rows(1, 50)[0], "position_ids": positions}
-            errors[f"{kernel} {lengths}"] = selftest.parity_without_deepspeed("gpt_neox", kernel, ulysses, ring, batch)
+            error = selftest.parity_without_deepspeed("gpt_neox", kernel, ulysses, ring, batch, ring_impl)
+            errors[f"{kernel} {lengths}"] = error
     return errors
 
 

@@ -72,7 +72,7 @@ BAD_BLOCKS: dict[str, tuple[dict[str, Any], str]] = {
     "product": ({"size": 4, "ulysses_size": 2, "ring_size": 4}, "is 8, not size 4"),
     "unknown key": ({"size": 2, "ring_sice": 2}, "unknown key; did you mean 'ring_size'"),
     "kernel of another device": ({"size": 2, "attention_kernel": "torch_flash"}, "'torch_flash' does not run on cpu"),
-    "later kernel": ({"size": 2, "attention_kernel": "torch_cudnn"}, '"torch_cudnn" is not in this version'),
+    "cuDNN on CPU": ({"size": 2, "attention_kernel": "torch_cudnn"}, "'torch_cudnn' does not run on cpu"),
     "later feature": ({"size": 2, "tiled_mlp": True}, "tiled_mlp: true is not in this version"),
 }
 

@@ -116,6 +116,13 @@ def test_fewer_kv_heads_than_ulysses_ranks(pool, kv_heads: int) -> None:
     assert_parity(pool(4).run(jobs.parity, model_type="llama", block=block(4, 1), stage=3, changes=changes))
 
 
+@pytest.mark.parametrize("documents", [[65], [13, 1, 1, 22, 5, 1, 20, 2]], ids=["whole", "packed"])
+@pytest.mark.parametrize("mesh", [(1, 2), (1, 4), (2, 2)], ids=lambda m: f"u{m[0]}r{m[1]}")
+def test_gathering_instead_of_hops(pool, mesh: tuple[int, int], documents: list[int]) -> None:
+    run = {"model_type": "llama", "block": block(*mesh, ring_impl="allgather"), "batches": [packed(documents)]}
+    assert_parity(pool(MESHES[mesh]).run(jobs.parity, stage=3, **run))
+
+
 def test_contiguous_layout(pool) -> None:
     assert_parity(pool(4).run(jobs.parity, model_type="llama", block=block(1, 4, layout="contiguous"), stage=1))
 
@@ -132,10 +139,10 @@ def test_bf16_is_within_twice_the_error_of_bf16_in_one_process(pool) -> None:
 
 
 def test_fp64_without_deepspeed(pool) -> None:
-    for mesh, world in MESHES.items():
-        for results in pool(world).run(jobs.fp64_parity, ulysses=mesh[0], ring=mesh[1]):
+    for mesh, ring_impl in [*((mesh, "p2p") for mesh in MESHES), ((1, 4), "allgather"), ((2, 2), "allgather")]:
+        for results in pool(MESHES[mesh]).run(jobs.fp64_parity, ulysses=mesh[0], ring=mesh[1], ring_impl=ring_impl):
             for kernel, error in results.items():
-                assert error <= 1e-10, (mesh, kernel, error)
+                assert error <= 1e-10, (mesh, ring_impl, kernel, error)
 
 
 @pytest.mark.parametrize("mesh", [(2, 1), (1, 2)], ids=["u2", "r2"])

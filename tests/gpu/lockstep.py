@@ -1,12 +1,13 @@
 """All ranks of a ring in one process: NCCL puts no two ranks on one GPU, so each rank is a thread and a hop is a queue.
 
-What runs is `ds_cp.attention.RingAttention` itself, forward and backward, called directly: autograd has one thread per device, in
+What runs is `ds_cp.ring.RingAttention` itself, forward and backward, called directly: autograd has one thread per device, in
 which ranks that wait for each other would block.
 """
 
 from __future__ import annotations
 
 import queue
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType, SimpleNamespace
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ds_cp import comm, layout, tiles
-from ds_cp.attention import RingAttention
+from ds_cp.ring import RingAttention
 
 TIMEOUT_S = 60
 
@@ -26,18 +27,45 @@ class LocalRing:
 
     def __init__(self, size: int) -> None:
         self.queues = {(rank, what): queue.Queue() for rank in range(size) for what in ("key/value", "gradient")}
+        self.rank_here = threading.local()
+        self._board: dict[tuple[str, int], Tensor] = {}
+        self._posted, self._read = threading.Barrier(size), threading.Barrier(size)
+
+    def swap(self, what: str, x: Tensor) -> list[Tensor]:
+        """Everybody's tensor, in rank order."""
+        self._board[what, self.rank_here.value] = x
+        self._posted.wait(TIMEOUT_S)
+        everyone = [self._board[what, rank] for rank in range(self._posted.parties)]
+        self._read.wait(TIMEOUT_S)
+        return everyone
+
+
+class LocalGather:
+    """`comm.Gather` between threads."""
+
+    def __init__(self, x: Tensor, group: LocalRing, ranks: int) -> None:
+        self._all = group.swap("gather", x)
+
+    def wait(self) -> Tensor:
+        return torch.stack(self._all)
+
+
+def local_reduce_scatter(x: Tensor, group: LocalRing) -> Tensor:
+    """`comm.reduce_scatter` between threads."""
+    rank = group.rank_here.value
+    return sum((theirs[rank] for theirs in group.swap("reduce", x)), torch.zeros_like(x[0]))
 
 
 class LocalHop:
     """`comm.Hop` between threads."""
 
-    def __init__(self, x: Tensor, group: LocalRing, ranks: Sequence[int], rank: int, what: str) -> None:
+    def __init__(self, x: Tensor, received: Tensor, group: LocalRing, ranks: Sequence[int], rank: int, what: str) -> None:
         assert x.is_contiguous()
         group.queues[(rank + 1) % len(ranks), what].put(x.clone())
-        self._mine = group.queues[rank, what]
+        self._mine, self._received = group.queues[rank, what], received
 
     def wait(self) -> Tensor:
-        return self._mine.get(timeout=TIMEOUT_S)
+        return self._received.copy_(self._mine.get(timeout=TIMEOUT_S))
 
 
 def ring(
@@ -50,9 +78,12 @@ def ring(
     kernel: ModuleType,
     scale: float,
     monkeypatch: Any,
+    gathered: bool = False,
 ) -> dict[str, Tensor]:
     """out, dq, dk, dv of the whole row, [S, heads, H], computed by `size` ring ranks on zigzag chunks."""
     monkeypatch.setattr(comm, "Hop", LocalHop)
+    monkeypatch.setattr(comm, "Gather", LocalGather)
+    monkeypatch.setattr(comm, "reduce_scatter", local_reduce_scatter)
     plan = layout.build("zigzag", q.shape[0], size, 1)
     assert plan.length == q.shape[0], "rows here have a legal length"
     group, ranks = LocalRing(size), tuple(range(size))
@@ -60,8 +91,10 @@ def ring(
 
     def one(rank: int) -> tuple[Tensor, ...]:
         ctx = SimpleNamespace(save_for_backward=lambda *saved: setattr(ctx, "saved_tensors", saved))
-        axis = SimpleNamespace(group=group, ranks=ranks, rank=rank)
-        context = SimpleNamespace(kernel=kernel, tiles=tiles.plan(plan, rank, documents), mesh=SimpleNamespace(ring=axis))
+        group.rank_here.value = rank
+        mesh = SimpleNamespace(ring=SimpleNamespace(group=group, ranks=ranks, rank=rank, size=size))
+        steps = (tiles.plan_gathered if gathered else tiles.plan)(plan, rank, documents)
+        context = SimpleNamespace(kernel=kernel, tiles=steps, gathered=gathered, layout=plan, mesh=mesh)
         out = RingAttention.forward(ctx, *(x[index[rank]] for x in (q, k, v)), context, scale)
         return out, *RingAttention.backward(ctx, dout[index[rank]])[:3]
 

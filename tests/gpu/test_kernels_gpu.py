@@ -8,12 +8,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from ds_cp.kernels import attention
+from ds_cp.kernels import attention, merge
 from ds_cp.kernels.attention import reference
 from ds_cp.tiles import Tile
 from tests.gpu import lockstep
 
-KERNELS = ["torch_flash"]
+
+def installed() -> list[str]:
+    """CUDA kernels whose packages are there; flash_attn is the only one that may not be."""
+    try:
+        attention.load("flash_attn")
+    except ValueError:
+        return ["torch_flash", "torch_cudnn"]
+    return ["torch_flash", "torch_cudnn", "flash_attn"]
+
+
+KERNELS = installed()
 HEAD_SIZES = [64, 80, 96, 128, 192, 256]
 HEADS = {"MHA": (4, 4), "GQA": (8, 2), "MQA": (4, 1)}
 DTYPE = torch.bfloat16
@@ -87,16 +97,52 @@ def test_a_kernel_is_within_twice_the_error_of_plain_bf16(name: str, tile: Tile,
 
 @pytest.mark.parametrize("size", [64, 128, 256])
 @pytest.mark.parametrize("ring", [2, 4, 8])
+@pytest.mark.parametrize("gathered", [False, True], ids=["p2p", "allgather"])
 @pytest.mark.parametrize("documents", [(0, 1024), (0, 100, 101, 102, 640, 1000, 1024)], ids=["one", "packed"])
 @pytest.mark.parametrize("name", KERNELS)
-def test_the_ring_is_within_twice_the_error_of_one_kernel(name: str, documents, ring: int, size: int, monkeypatch) -> None:
+def test_the_ring_is_within_twice_the_error_of_one_kernel(
+    name: str, documents, gathered: bool, ring: int, size: int, monkeypatch
+) -> None:
     kernel, scale = attention.load(name), size**-0.5
     tensors = inputs(documents[-1], documents[-1], (8, 2), size)
     tile = Tile(0, documents[-1], 0, documents[-1], documents)
     wanted, alone = exact(*tensors, tile, scale), computed(kernel, *tensors, tile, scale)
-    found = lockstep.ring(*tensors, documents, ring, kernel, scale, monkeypatch)
+    found = lockstep.ring(*tensors, documents, ring, kernel, scale, monkeypatch, gathered)
     for part, value in found.items():
         assert error(value, wanted[part]) <= 2 * error(alone[part], wanted[part]), part
+
+
+@pytest.mark.parametrize("size", [80, 128])
+@pytest.mark.parametrize("name", KERNELS)
+def test_deterministic_algorithms_give_the_same_bits_twice(name: str, size: int) -> None:
+    kernel, tile = attention.load(name), causal(700, 1500)
+    tensors = inputs(1500, 1500, (8, 2), size)
+    torch.use_deterministic_algorithms(True)
+    try:
+        once, twice = (computed(kernel, *tensors, tile, size**-0.5) for _ in range(2))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for part, value in once.items():
+        assert torch.equal(value, twice[part]), part
+
+
+@pytest.mark.parametrize("block_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("size", [64, 80, 192])
+def test_the_fused_merge_is_the_reference(size: int, block_dtype: torch.dtype) -> None:
+    generator = torch.Generator(device="cuda").manual_seed(size)
+    wide = torch.randn(2, 333, 7, size, device="cuda", generator=generator)
+    scores = 20 * torch.randn(2, 7, 333, device="cuda", generator=generator)
+    scores[1, 0, :50] = float("-inf")  # a block without a key for these queries
+    out, block_out = wide[0][5:300, 1:6], wide[1].to(block_dtype)[5:300, 1:6]
+    lse, block_lse = (x[1:6, 5:300].transpose(0, 1) for x in scores)
+    wanted, wanted_lse = out.double(), lse.double()
+    merge.merge_reference_(wanted, wanted_lse, block_out.double(), block_lse.double())
+    before = wide[0].clone()
+    merge.merge_(out, lse, block_out, block_lse)
+    torch.testing.assert_close(out.double(), wanted, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(lse.double(), wanted_lse, rtol=1e-6, atol=1e-6)
+    before[5:300, 1:6] = out
+    assert torch.equal(before, wide[0]), "wrote outside the slice"
 
 
 def test_unsupported_gives_the_reason_and_the_way_out() -> None:

@@ -37,16 +37,19 @@ IMPORTS = _table(
         "kernels": "",
         "kernels.attention": "tiles",
         "kernels.delta": "tiles",
-        "kernels.merge": "",
+        "kernels.merge": "kernels.merge_cuda",
+        "kernels.merge_cuda": "",
+        "kernels.choice": "tiles kernels.attention",
         "batch": "layout tiles mesh",
-        "attention": "tiles comm batch",
+        "ring": "tiles comm batch",
+        "attention": "ring tiles comm batch",
         "delta": "comm batch",
         "loss": "comm mesh",
         "loader": "comm batch mesh",
         "models": "batch attention delta loss",
         "planner": "config topology layout tiles",
-        "engine": "config topology layout comm factor preflight tiles mesh kernels.attention kernels.delta batch attention delta "
-        "loss loader models",
+        "engine": "config topology layout comm factor preflight tiles mesh kernels.attention kernels.delta kernels.choice "
+        "batch attention delta loss loader models",
         "trainer": "engine",
         "selftest": "engine kernels.attention tiles batch models",
         "cli": "config planner selftest",
@@ -56,7 +59,8 @@ IMPORTS = _table(
 
 BEYOND = _table(
     {
-        "attention": "topology kernels.merge",  # the head split and the merge: pure functions that every rank calls alike
+        "attention": "topology",  # the head split: a pure function that every rank calls alike
+        "ring": "kernels.merge",
         "loss": "batch",  # SequenceContext and IGNORE
         "models": "comm mesh kernels.attention",  # the same-row check; types of what a handle holds
         "trainer": "batch comm config factor mesh",  # reads the block, counts targets and verifies the factor as engine does
@@ -71,7 +75,7 @@ OUTSIDE = _table(
         "deepspeed": "mesh loss engine trainer factor selftest",
         "flash_attn": "kernels kernels.attention kernels.delta",
         "fla": "kernels kernels.attention kernels.delta",
-        "triton": "kernels kernels.attention kernels.delta",
+        "triton": "kernels.merge_cuda kernels.delta",
     }
 )
 """Other packages, and the only components that may import them."""

@@ -257,7 +257,7 @@ def test_the_context_holds_the_plan_of_its_own_ring_rank(mesh: tuple[int, int]) 
 def test_the_context_carries_the_census_it_is_given() -> None:
     census = object()
     for mesh in meshes(1, 2):
-        assert batches.prepare(packed(8), mesh, KERNEL, "zigzag", CPU, census)[1].census is census
+        assert batches.prepare(packed(8), mesh, KERNEL, "zigzag", CPU, census=census)[1].census is census
         assert batches.prepare(packed(8), mesh, KERNEL, "zigzag", CPU)[1].census is None
 
 

@@ -75,9 +75,21 @@ def computed(plan: Layout, documents: Sequence[int], ring_rank: int) -> torch.Te
     return count
 
 
+def computed_gathered(plan: Layout, documents: Sequence[int], ring_rank: int) -> torch.Tensor:
+    """The same for `ring_impl: allgather`, whose second step has the whole row's keys."""
+    count = torch.zeros(plan.length, plan.length, dtype=torch.long)
+    mine, everyone = tokens_of(plan.ring_ranges(ring_rank)), torch.arange(plan.length)
+    for found, theirs in zip(tiles.plan_gathered(plan, ring_rank, documents), (mine, everyone), strict=True):
+        for tile in found:
+            queries, keys = mine[tile.q_start : tile.q_end], theirs[tile.k_start : tile.k_end]
+            count[queries[:, None], keys[None, :]] += pairs(tile)
+    return count
+
+
 def assert_exact(plan: Layout, documents: Sequence[int]) -> None:
-    count = sum(computed(plan, documents, rank) for rank in range(plan.ring))
-    assert torch.equal(count, allowed(documents).long())
+    for way in (computed, computed_gathered):
+        count = sum(way(plan, documents, rank) for rank in range(plan.ring))
+        assert torch.equal(count, allowed(documents).long())
 
 
 # Layout

@@ -97,7 +97,7 @@ def alone() -> Mesh:
 
 
 def attached(model: PreTrainedModel, kernel: str = "torch_cpu") -> attach.Handle:
-    handle = attach.Handle(model, alone(), kernels.load(kernel), "zigzag", CausalLMLoss("mean", divisor=lambda: 1))
+    handle = attach.Handle(model, alone(), kernels.load(kernel), "zigzag", False, CausalLMLoss("mean", divisor=lambda: 1))
     handle.apply()
     return handle
 

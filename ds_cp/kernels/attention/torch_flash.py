@@ -29,8 +29,8 @@ def unsupported(q_TNH: Tensor, k_SMH: Tensor, v_SMH: Tensor, tile: Tile) -> str 
 
 
 def forward(q_TNH: Tensor, k_SMH: Tensor, v_SMH: Tensor, tile: Tile, scale: float) -> tuple[Tensor, Tensor]:
-    q, k, v, (cum, longest) = *_batched(tile, q_TNH, k_SMH, v_SMH), _documents(q_TNH, tile)
-    longest_q, longest_k = longest or q_TNH.shape[0], longest or k_SMH.shape[0]
+    q, k, v = _batched(tile, q_TNH, k_SMH, v_SMH)
+    cum, longest_q, longest_k = _documents(q_TNH, k_SMH, tile)
     out, lse, *_ = _forward(q, k, v, cum, cum, longest_q, longest_k, 0.0, tile.causal, False, scale=scale)
     return (out, lse.transpose(0, 1)) if tile.causal else (out[0], lse[0].transpose(0, 1))
 
@@ -45,8 +45,7 @@ def backward(
     tile: Tile,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    cum, longest = _documents(q_TNH, tile)
-    longest_q, longest_k = longest or q_TNH.shape[0], longest or k_SMH.shape[0]
+    cum, longest_q, longest_k = _documents(q_TNH, k_SMH, tile)
     dout, q, k, v, out = _batched(tile, dout_TNH, q_TNH, k_SMH, v_SMH, out_TNH)
     lse = lse_TN.transpose(0, 1).contiguous()
     lse = lse if tile.causal else lse.unsqueeze(0)
@@ -60,8 +59,11 @@ def _batched(tile: Tile, *tensors: Tensor) -> tuple[Tensor, ...]:
     return tensors if tile.causal else tuple(x.unsqueeze(0) for x in tensors)
 
 
-def _documents(q: Tensor, tile: Tile) -> tuple[Tensor | None, int]:
+def _documents(q: Tensor, k: Tensor, tile: Tile) -> tuple[Tensor | None, int, int]:
+    """cu_seqlens (those of the batch where it brought them) and the longest query and key sequence."""
     if tile.documents is None:
-        return None, 0
-    cum = torch.tensor(tile.documents, dtype=torch.int32, device="cpu").to(q.device, non_blocking=True)
-    return cum, max(b - a for a, b in zip(tile.documents[:-1], tile.documents[1:], strict=True))
+        return None, q.shape[0], k.shape[0]
+    cum = tile.cu_seqlens
+    if cum is None:
+        cum = torch.tensor(tile.documents, dtype=torch.int32, device=q.device)
+    return cum, tile.longest, tile.longest

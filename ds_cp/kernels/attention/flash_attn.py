@@ -1,0 +1,194 @@
+"""Dao-AILab's flash-attn package in the newest version that is installed: 4 (CuTe), 3 (Hopper), 2.
+
+    4  pip install --pre flash-attn-4        tried on Hopper (4.0.0b36); also for Blackwell
+    3  the `hopper` folder, built from source  \\  called by the signatures of the released sources (2.8.3 and its
+    2  pip install flash-attn                  /  hopper folder); not tried on a GPU here
+
+Documents go through varlen calls (cu_seqlens), a single document and rectangles through dense ones. lse is [1, N, T] or, varlen,
+[N, T]; fp32, natural log. Backward takes any (out, lse), so the merged ones. With torch.use_deterministic_algorithms the kernels'
+deterministic backward is used.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ds_cp.tiles import Tile
+
+MAX_HEAD_SIZE = 256
+
+
+class Version(Protocol):
+    """One version's calls. Dense: q, k, v are [1, T, N, H]; varlen: [T, N, H] with cum. lse as the package lays it out."""
+
+    NUMBER: int
+    CAPABILITIES: tuple[int, ...]
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, cum: Tensor | None, longest: int, causal: bool, scale: float) -> Any:
+        """(out, lse)."""
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        cum: Tensor | None,
+        longest: int,
+        causal: bool,
+        scale: float,
+    ) -> Any:
+        """(dq, dk, dv)."""
+
+
+class _Four:
+    NUMBER = 4
+    CAPABILITIES = (9, 10, 11, 12)
+
+    def __init__(self) -> None:
+        from flash_attn.cute import interface
+
+        self._forward, self._backward = interface._flash_attn_fwd, interface._flash_attn_bwd
+
+    def forward(self, q, k, v, cum, longest, causal, scale):
+        lengths = _lengths(cum, longest)
+        out, lse, *_ = self._forward(q, k, v, softmax_scale=scale, causal=causal, return_lse=True, **lengths)
+        return out, lse
+
+    def backward(self, dout, q, k, v, out, lse, cum, longest, causal, scale):
+        options = {**_lengths(cum, longest), "deterministic": torch.are_deterministic_algorithms_enabled()}
+        return self._backward(q, k, v, out, dout, lse, softmax_scale=scale, causal=causal, **options)
+
+
+class _Three:
+    NUMBER = 3
+    CAPABILITIES = (8, 9)
+
+    def __init__(self) -> None:
+        import flash_attn_interface
+
+        self._forward = flash_attn_interface._flash_attn_forward
+        self._backward = flash_attn_interface._flash_attn_backward
+
+    def forward(self, q, k, v, cum, longest, causal, scale):
+        out, lse, *_ = self._forward(q, k, v, softmax_scale=scale, causal=causal, **_lengths(cum, longest))
+        return out, lse
+
+    def backward(self, dout, q, k, v, out, lse, cum, longest, causal, scale):
+        grads = _empty(q, k, v)
+        options = {**_lengths(cum, longest), "deterministic": torch.are_deterministic_algorithms_enabled()}
+        into = dict(zip(("dq", "dk", "dv"), grads, strict=True))
+        self._backward(dout, q, k, v, out, lse.contiguous(), softmax_scale=scale, is_causal=causal, **into, **options)
+        return grads
+
+
+class _Two:
+    NUMBER = 2
+    CAPABILITIES = (8, 9, 10, 12)
+
+    def __init__(self) -> None:
+        from flash_attn import flash_attn_interface as interface
+
+        self._forward, self._varlen_forward = interface._flash_attn_forward, interface._flash_attn_varlen_forward
+        self._backward, self._varlen_backward = interface._flash_attn_backward, interface._flash_attn_varlen_backward
+
+    @staticmethod
+    def _options(causal: bool, scale: float) -> dict[str, Any]:
+        mask = {"causal": causal, "window_size_left": -1, "window_size_right": -1}
+        return {"dropout_p": 0.0, "softmax_scale": scale, **mask, "softcap": 0.0, "alibi_slopes": None}
+
+    def forward(self, q, k, v, cum, longest, causal, scale):
+        call = self._forward if cum is None else self._varlen_forward
+        options = self._options(causal, scale)
+        out, lse, *_ = call(q, k, v, **_lengths(cum, longest), **options, return_softmax=False)
+        return out, lse
+
+    def backward(self, dout, q, k, v, out, lse, cum, longest, causal, scale):
+        call = self._backward if cum is None else self._varlen_backward
+        grads = _empty(q, k, v)
+        options = {**self._options(causal, scale), "deterministic": torch.are_deterministic_algorithms_enabled()}
+        call(dout, q, k, v, out, lse.contiguous(), *grads, **_lengths(cum, longest), **options)
+        return grads
+
+
+def _newest() -> Version:
+    for version in (_Four, _Three, _Two):
+        try:
+            return version()
+        except (ImportError, AttributeError):
+            continue
+    raise ImportError("no flash-attn package; `pip install --pre flash-attn-4` brings wheels for Hopper and Blackwell")
+
+
+_version = _newest()
+VERSION = _version.NUMBER
+
+
+def unsupported(q_TNH: Tensor, k_SMH: Tensor, v_SMH: Tensor, tile: Tile) -> str | None:
+    if q_TNH.device.type != "cuda":
+        return f"it runs on CUDA tensors, these are on {q_TNH.device.type}; use torch_cpu"
+    capability = torch.cuda.get_device_capability(q_TNH.device)[0]
+    if capability not in _version.CAPABILITIES:
+        return f"flash-attn {VERSION} is not for GPUs of compute capability {capability}.x; use torch_flash"
+    if q_TNH.dtype not in (torch.float16, torch.bfloat16):
+        return f"it computes in fp16 and bf16, got {q_TNH.dtype}; enable bf16 in the config or use reference"
+    size = q_TNH.shape[-1]
+    if not size == k_SMH.shape[-1] == v_SMH.shape[-1]:
+        return f"query, key and value heads must have one size, got {size}, {k_SMH.shape[-1]}, {v_SMH.shape[-1]}"
+    if size > MAX_HEAD_SIZE or size % 8:
+        return f"head size must be a multiple of 8 up to {MAX_HEAD_SIZE}, got {size}"
+    if VERSION == 4 and capability in (10, 11) and size > 128 and size != 256:
+        return f"flash-attn 4 on Blackwell takes head sizes up to 128 and 256, got {size}; use torch_flash"
+    return None
+
+
+def forward(q_TNH: Tensor, k_SMH: Tensor, v_SMH: Tensor, tile: Tile, scale: float) -> tuple[Tensor, Tensor]:
+    cum, longest = _documents(q_TNH, tile)
+    q, k, v = _batched(cum, q_TNH, k_SMH, v_SMH)
+    out, lse = _version.forward(q, k, v, cum, longest, tile.causal, scale)
+    return (out[0], lse[0].transpose(0, 1)) if cum is None else (out, lse.transpose(0, 1))
+
+
+def backward(
+    dout_TNH: Tensor,
+    q_TNH: Tensor,
+    k_SMH: Tensor,
+    v_SMH: Tensor,
+    out_TNH: Tensor,
+    lse_TN: Tensor,
+    tile: Tile,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    cum, longest = _documents(q_TNH, tile)
+    dout, q, k, v, out = _batched(cum, dout_TNH, q_TNH, k_SMH, v_SMH, out_TNH)
+    lse = lse_TN.transpose(0, 1) if cum is not None else lse_TN.transpose(0, 1).unsqueeze(0)
+    dq, dk, dv = _version.backward(dout, q, k, v, out, lse, cum, longest, tile.causal, scale)
+    return (dq[0], dk[0], dv[0]) if cum is None else (dq, dk, dv)
+
+
+def _documents(q: Tensor, tile: Tile) -> tuple[Tensor | None, int]:
+    """cu_seqlens of a varlen call (those of the batch where it brought them), None for a dense one; the longest document."""
+    if tile.documents is None or len(tile.documents) == 2:
+        return None, 0
+    if tile.cu_seqlens is not None:
+        return tile.cu_seqlens, tile.longest
+    return torch.tensor(tile.documents, dtype=torch.int32, device=q.device), tile.longest
+
+
+def _batched(cum: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(x.unsqueeze(0) for x in tensors) if cum is None else tensors
+
+
+def _lengths(cum: Tensor | None, longest: int) -> dict[str, Any]:
+    if cum is None:
+        return {}
+    return {"cu_seqlens_q": cum, "cu_seqlens_k": cum, "max_seqlen_q": longest, "max_seqlen_k": longest}
+
+
+def _empty(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in tensors)

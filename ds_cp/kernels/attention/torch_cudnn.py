@@ -1,0 +1,95 @@
+"""cuDNN's attention as PyTorch ships it (`aten._scaled_dot_product_cudnn_attention`): fp16 and bf16, GQA, any strides.
+
+On Hopper 1.8 times FlashAttention-2's speed at large tiles. It builds a plan of some 60 ms for every new shape and direction, so it
+pays for shapes that recur. lse is [1, N, T, 1], fp32, natural log. Its varlen form is slow: documents are one call each.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from ds_cp.tiles import Tile
+
+_forward = torch.ops.aten._scaled_dot_product_cudnn_attention
+_backward = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
+MAX_HEAD_SIZE = 256
+
+
+def unsupported(q_TNH: Tensor, k_SMH: Tensor, v_SMH: Tensor, tile: Tile) -> str | None:
+    if q_TNH.device.type != "cuda":
+        return f"it runs on CUDA tensors, these are on {q_TNH.device.type}; use torch_cpu"
+    if torch.cuda.get_device_capability(q_TNH.device)[0] < 9:
+        return "it was tried on Hopper and later only; use torch_flash"
+    if q_TNH.dtype not in (torch.float16, torch.bfloat16):
+        return f"it computes in fp16 and bf16, got {q_TNH.dtype}; enable bf16 in the config or use reference"
+    if not q_TNH.shape[-1] == k_SMH.shape[-1] == v_SMH.shape[-1]:
+        return f"query, key and value heads must have one size, got {q_TNH.shape[-1]}, {k_SMH.shape[-1]}, {v_SMH.shape[-1]}"
+    if q_TNH.shape[-1] > MAX_HEAD_SIZE or q_TNH.shape[-1] % 8:
+        return f"head size must be a multiple of 8 up to {MAX_HEAD_SIZE}, got {q_TNH.shape[-1]}"
+    return None
+
+
+def forward(q_TNH: Tensor, k_SMH: Tensor, v_SMH: Tensor, tile: Tile, scale: float) -> tuple[Tensor, Tensor]:
+    if tile.documents is None or len(tile.documents) == 2:
+        return _one(q_TNH, k_SMH, v_SMH, tile.causal, scale)
+    out, lse_NT = torch.empty_like(q_TNH), q_TNH.new_empty(q_TNH.shape[1::-1], dtype=torch.float32)
+    for start, end in pairwise(tile.documents):
+        part = slice(start, end)
+        out[part], lse_NT.T[part] = _one(q_TNH[part], k_SMH[part], v_SMH[part], True, scale)
+    return out, lse_NT.T
+
+
+def backward(
+    dout_TNH: Tensor,
+    q_TNH: Tensor,
+    k_SMH: Tensor,
+    v_SMH: Tensor,
+    out_TNH: Tensor,
+    lse_TN: Tensor,
+    tile: Tile,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if tile.documents is None or len(tile.documents) == 2:
+        return _one_backward(dout_TNH, q_TNH, k_SMH, v_SMH, out_TNH, lse_TN, tile.causal, scale)
+    dq, dk, dv = torch.empty_like(q_TNH), torch.empty_like(k_SMH), torch.empty_like(v_SMH)
+    for start, end in pairwise(tile.documents):
+        part = slice(start, end)
+        tensors = (dout_TNH[part], q_TNH[part], k_SMH[part], v_SMH[part], out_TNH[part], lse_TN[part])
+        dq[part], dk[part], dv[part] = _one_backward(*tensors, True, scale)
+    return dq, dk, dv
+
+
+def _heads_first(x_TNH: Tensor) -> Tensor:
+    return x_TNH.transpose(0, 1).unsqueeze(0)
+
+
+def _tokens_first(x_1NTH: Tensor) -> Tensor:
+    return x_1NTH.squeeze(0).transpose(0, 1)
+
+
+def _one(q_TNH: Tensor, k_SMH: Tensor, v_SMH: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    q, k, v = map(_heads_first, (q_TNH, k_SMH, v_SMH))
+    out, lse_1NT1, *_ = _forward(q, k, v, None, True, 0.0, causal, False, scale=scale)
+    return _tokens_first(out), lse_1NT1[0, :, :, 0].transpose(0, 1)
+
+
+def _one_backward(
+    dout_TNH: Tensor,
+    q_TNH: Tensor,
+    k_SMH: Tensor,
+    v_SMH: Tensor,
+    out_TNH: Tensor,
+    lse_TN: Tensor,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dout, q, k, v, out = map(_heads_first, (dout_TNH, q_TNH, k_SMH, v_SMH, out_TNH))
+    lse_1NT1 = lse_TN.transpose(0, 1).contiguous()[None, :, :, None]
+    no_rng = torch.empty(2, device=q.device, dtype=torch.int64)  # read only with dropout
+    lengths = q.shape[2], k.shape[2]
+    bias, cum = None, None
+    grads = _backward(dout, q, k, v, out, lse_1NT1, no_rng[0], no_rng[1], bias, cum, cum, *lengths, 0.0, causal, scale=scale)
+    return tuple(map(_tokens_first, grads))

@@ -1,0 +1,116 @@
+"""`attention_kernel: auto`: which kernel computes which tile, by figures measured on one H200 (docs/benchmarks.md).
+
+    flash-attn 4 or 3 installed   it takes every tile but small ones, which torch_flash does faster
+    else on Hopper                cuDNN for shapes that recur, torch_flash for the rest
+    else                          torch_flash; on CPU torch_cpu
+
+cuDNN builds a plan for every new shape, longer than most calls take. A shape earns its plan: torch_flash computes it until the
+time that cuDNN would have saved has reached the price of the plan (the ski-rental rule, so never more than twice the best).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from ds_cp.kernels import attention
+from ds_cp.kernels.attention import Kernel
+from ds_cp.tiles import Tile
+
+PLAN_SECONDS = 0.058
+"""A cuDNN plan, one shape and one direction."""
+
+PICOSECONDS_SAVED: Mapping[int, tuple[float, float]] = {64: (0.9e-3, 0.7e-3), 128: (1.4e-3, 1.5e-3), 256: (1.8e-3, 1.3e-3)}
+"""By head size (the next larger counts): forward, backward picoseconds a FLOP that cuDNN is faster than torch_flash."""
+
+SMALL_FLOPS = 8e9
+"""Forward FLOPs of a tile below which torch_flash is faster than flash-attn 4."""
+
+
+def flops(q_TNH: Tensor, tile: Tile) -> float:
+    """Of a tile's forward; the backward has 2.5 times as many."""
+    return 4.0 * tile.pairs * q_TNH.shape[1] * q_TNH.shape[2]
+
+
+class Auto:
+    """A `Kernel` that hands each tile to one of two: `large` for what pays there, `plain` for the rest."""
+
+    __name__ = "auto"
+
+    def __init__(self, large: Kernel, plain: Kernel, plans: bool) -> None:
+        self.large, self.plain = large, plain
+        self._plans = plans  # `large` is cuDNN
+        self._saved: dict[tuple, float] = {}
+
+    def unsupported(self, q_TNH: Tensor, k_SMH: Tensor, v_SMH: Tensor, tile: Tile) -> str | None:
+        return self.plain.unsupported(q_TNH, k_SMH, v_SMH, tile)
+
+    def forward(self, q_TNH: Tensor, k_SMH: Tensor, v_SMH: Tensor, tile: Tile, scale: float) -> tuple[Tensor, Tensor]:
+        return self.choose(q_TNH, k_SMH, v_SMH, tile, 0).forward(q_TNH, k_SMH, v_SMH, tile, scale)
+
+    def backward(
+        self,
+        dout_TNH: Tensor,
+        q_TNH: Tensor,
+        k_SMH: Tensor,
+        v_SMH: Tensor,
+        out_TNH: Tensor,
+        lse_TN: Tensor,
+        tile: Tile,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        kernel = self.choose(q_TNH, k_SMH, v_SMH, tile, 1)
+        return kernel.backward(dout_TNH, q_TNH, k_SMH, v_SMH, out_TNH, lse_TN, tile, scale)
+
+    def choose(self, q: Tensor, k: Tensor, v: Tensor, tile: Tile, direction: int) -> Kernel:
+        """The kernel of one call; direction 0 is forward, 1 backward."""
+        work = flops(q, tile)
+        pays = self._earned(q, k, tile, direction, work) if self._plans else work >= SMALL_FLOPS
+        return self.large if pays and self.large.unsupported(q, k, v, tile) is None else self.plain
+
+    def _earned(self, q: Tensor, k: Tensor, tile: Tile, direction: int, work: float) -> bool:
+        if tile.documents is not None and len(tile.documents) > 2:
+            return False
+        key = (q.shape, q.stride(), k.shape, k.stride(), tile.causal, direction)
+        saved = self._saved.get(key, 0.0)
+        if saved < PLAN_SECONDS:
+            rate = next((r for size, r in PICOSECONDS_SAVED.items() if q.shape[-1] <= size), (0.0, 0.0))[direction]
+            self._saved[key] = saved + rate * 1e-12 * work * (2.5 if direction else 1.0)
+            return False
+        return True
+
+
+def resolve(name: str, device: str, capability: int | None) -> Kernel:
+    """The kernel of the config's `attention_kernel`.
+
+    Args:
+        device: "cuda" or "cpu". capability: major compute capability, None without CUDA.
+
+    Raises:
+        ValueError: it does not run on this device, or what it needs is not installed.
+    """
+    if name != "auto":
+        here = {"torch_cpu": "cpu", "reference": device}.get(name, "cuda")
+        if here != device:
+            raise ValueError(f'sequence_parallel.attention_kernel: {name!r} does not run on {device}; use "auto" or "reference"')
+        return attention.load(name)
+    if device != "cuda":
+        return attention.load("torch_cpu")
+    plain = attention.load("torch_flash")
+    try:
+        flash = attention.load("flash_attn")
+    except ValueError:
+        flash = None
+    if flash is not None and flash.VERSION > 2:
+        return Auto(flash, plain, plans=False)
+    return Auto(attention.load("torch_cudnn"), plain, plans=True) if capability == 9 else plain
+
+
+def describe(kernel: Kernel) -> str:
+    """One phrase for the table that is printed at the start."""
+    if isinstance(kernel, Auto):
+        name = kernel.large.__name__.split(".")[-1]
+        rule = "for shapes that recur" if kernel._plans else f"{kernel.large.VERSION} for tiles above {SMALL_FLOPS:.0e} FLOPs"
+        return f"{name} {rule}, {kernel.plain.__name__.split('.')[-1]} for the rest"
+    return kernel.__name__.split(".")[-1]

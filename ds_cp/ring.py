@@ -1,0 +1,170 @@
+"""Ring attention: a ring rank's queries meet every rank's keys and values.
+
+Source: Liu et al., Ring Attention with Blockwise Transformers, 2023. At ring rank r of R, `ring_impl: p2p`:
+
+    forward   step s: post hop of (k, v); tiles of block r - s; merge (out, lse) in fp32; wait
+    backward  step s: post hop of (k, v); tiles of block r - s with the MERGED out and lse;
+              dq stays, (dk, dv) = mine + what came in, post hop of (dk, dv); after step R - 1 that hop brings it home
+
+`ring_impl: allgather` (as in Llama 3's training, Dubey et al., 2024) has two steps: the own chunks, while everybody's (k, v) are
+gathered, then each own chunk against all that stands before it; (dk, dv) go home in one reduce-scatter. Fewer and larger kernel
+calls, for a whole row of keys and values in memory and less communication behind computation: for short rows.
+
+Because every tile's backward gets the whole row's out and lse, p = exp(s - lse) and delta = dout . out are those of the whole
+softmax: no forward is repeated and nothing is saved per step but q, k, v, out, lse. Blocks live in two buffers by turns.
+
+Shapes: S tokens of the ring rank, N query heads, M key/value heads, H head size, 2 for (k, v).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ds_cp import comm
+from ds_cp.batch import SequenceContext
+from ds_cp.kernels.merge import merge_
+from ds_cp.tiles import Tile
+
+Block = Tensor | tuple[Tensor, Tensor]
+"""[2, keys, M, H], or the pair (k, v)."""
+
+
+class RingAttention(torch.autograd.Function):
+    """Attention of a ring rank's tokens to the whole row.
+
+    Shards over the ring axis: q, k, v, out, dout and their gradients all hold this ring rank's tokens; every rank of the
+    ring must call it. k and v have their own head count and are never expanded.
+    """
+
+    @staticmethod
+    def forward(ctx, q_SNH: Tensor, k_SMH: Tensor, v_SMH: Tensor, context: SequenceContext, scale: float) -> Tensor:
+        out = lse = None
+        for block, tiles in _blocks(k_SMH, v_SMH, context):
+            for tile in tiles:
+                tile_out, tile_lse = context.kernel.forward(*_slices(q_SNH, block, tile), tile, scale)
+                if out is None:  # step 0 covers every query: its result starts the running one
+                    out, lse = (tile_out if len(context.tiles) == 1 else tile_out.to(tile_lse.dtype)), tile_lse
+                else:
+                    part = slice(tile.q_start, tile.q_end)
+                    merge_(out[part], lse[part], tile_out, tile_lse)
+        out = out.to(q_SNH.dtype)
+        ctx.save_for_backward(q_SNH, k_SMH, v_SMH, out, lse)
+        ctx.context, ctx.scale = context, scale
+        return out
+
+    @staticmethod
+    def backward(ctx, dout_SNH: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        context, steps = ctx.context, ctx.context.tiles
+        if len(steps) == 1:
+            grads = context.kernel.backward(dout_SNH, q, k, v, out, lse, steps[0][0], ctx.scale)
+            return *grads, None, None
+        pull = _Pull(dout_SNH, q, out, lse, context, ctx.scale)
+        dkv = (_backward_gathered if context.gathered else _backward_hops)(pull, k, v, context)
+        return pull.dq.to(q.dtype), dkv[0].to(k.dtype), dkv[1].to(v.dtype), None, None
+
+
+class _Pull:
+    """The backward of tiles: sums dq, hands dk and dv back. The first tile must cover every query."""
+
+    def __init__(self, dout: Tensor, q: Tensor, out: Tensor, lse: Tensor, context: SequenceContext, scale: float) -> None:
+        self._dout, self._q, self._out, self._lse = dout, q, out, lse
+        self._kernel, self._scale = context.kernel, scale
+        self.work = torch.float64 if q.dtype == torch.float64 else torch.float32
+        self.dq: Tensor | None = None
+
+    def tile(self, block: Block, tile: Tile) -> tuple[Tensor, Tensor]:
+        part = slice(tile.q_start, tile.q_end)
+        q, k, v = _slices(self._q, block, tile)
+        dq, dk, dv = self._kernel.backward(self._dout[part], q, k, v, self._out[part], self._lse[part], tile, self._scale)
+        if self.dq is None:
+            self.dq = dq.to(self.work)
+        else:
+            self.dq[part] += dq
+        return dk, dv
+
+    def into(self, dkv: Tensor, block: Block, tiles: tuple[Tile, ...]) -> None:
+        for tile in tiles:
+            _add(dkv, tile, *self.tile(block, tile))
+
+
+def _backward_hops(pull: _Pull, k: Tensor, v: Tensor, context: SequenceContext) -> Tensor:
+    """(dk, dv) [2, S, M, H] of the own block, after a whole turn around the ring."""
+    hop = None
+    dkv = spare = torch.empty(0)
+    for block, tiles in _blocks(k, v, context):
+        parts = [(tile, *pull.tile(block, tile)) for tile in tiles]
+        if hop is None:  # step 0: one tile over all own keys
+            [(_, dk, dv)] = parts
+            dkv = torch.empty((2, *k.shape), dtype=pull.work, device=k.device)
+            dkv[0], dkv[1] = dk, dv
+            spare = torch.empty_like(dkv)
+        else:
+            dkv, spare = hop.wait(), dkv
+            for tile, dk, dv in parts:
+                _add(dkv, tile, dk, dv)
+        hop = _post(dkv, spare, context, "gradient")
+    return hop.wait()
+
+
+def _backward_gathered(pull: _Pull, k: Tensor, v: Tensor, context: SequenceContext) -> Tensor:
+    (own, own_tiles), (row, row_tiles) = _blocks(k, v, context)
+    dkv = torch.empty_like(own, dtype=pull.work)
+    dkv[0], dkv[1] = pull.tile(own, own_tiles[0])
+    drow = torch.zeros_like(row, dtype=pull.work)
+    pull.into(drow, row, row_tiles)
+    home = comm.reduce_scatter(_by_rank(drow, context), context.mesh.ring.group)
+    return dkv + home
+
+
+def _blocks(k: Tensor, v: Tensor, context: SequenceContext) -> Iterator[tuple[Block, tuple[Tile, ...]]]:
+    """Every step's block with its tiles. What the next step needs is posted before a block is handed out."""
+    steps = context.tiles
+    if len(steps) == 1:
+        yield (k, v), steps[0]
+        return
+    block = torch.stack((k, v))
+    if context.gathered:
+        everyone = comm.Gather(block, context.mesh.ring.group, context.mesh.ring.size)
+        yield block, steps[0]
+        yield _by_row(everyone.wait(), context), steps[1]
+        return
+    spare = torch.empty_like(block)
+    for step, tiles in enumerate(steps):
+        hop = _post(block, spare, context, "key/value") if step + 1 < len(steps) else None
+        yield block, tiles
+        if hop is not None:
+            block, spare = hop.wait(), block
+
+
+def _post(x: Tensor, received: Tensor, context: SequenceContext, what: str) -> comm.Hop:
+    ring = context.mesh.ring
+    return comm.Hop(x, received, ring.group, ring.ranks, ring.rank, what=what)
+
+
+def _slices(q: Tensor, block: Block, tile: Tile) -> tuple[Tensor, Tensor, Tensor]:
+    k, v = block[0], block[1]
+    return q[tile.q_start : tile.q_end], k[tile.k_start : tile.k_end], v[tile.k_start : tile.k_end]
+
+
+def _add(dkv: Tensor, tile: Tile, dk: Tensor, dv: Tensor) -> None:
+    keys = slice(tile.k_start, tile.k_end)
+    dkv[0, keys] += dk
+    dkv[1, keys] += dv
+
+
+def _by_row(everyone: Tensor, context: SequenceContext) -> Tensor:
+    """[R, 2, S, M, H] in rank order to [2, row, M, H] in the row's order."""
+    held = context.layout.chunks
+    chunks = everyone.unflatten(2, (len(held[0]), -1))
+    place = {chunk: (rank, slot) for rank, mine in enumerate(held) for slot, chunk in enumerate(mine)}
+    return torch.cat([chunks[place[c][0], :, place[c][1]] for c in range(len(place))], dim=1)
+
+
+def _by_rank(row: Tensor, context: SequenceContext) -> Tensor:
+    """The inverse of `_by_row`."""
+    size = context.layout.chunk
+    return torch.stack([torch.cat([row[:, c * size : (c + 1) * size] for c in mine], 1) for mine in context.layout.chunks])
