@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ds_cp import comm, layout, tiles
+from ds_cp.kernels.merge import merge_
 from ds_cp.ring import RingAttention
 
 TIMEOUT_S = 60
@@ -98,6 +99,9 @@ def ring(
         out = RingAttention.forward(ctx, *(x[index[rank]] for x in (q, k, v)), context, scale)
         return out, *RingAttention.backward(ctx, dout[index[rank]])[:3]
 
+    merge_(
+        *(torch.zeros(1, *tail, device=q.device) for tail in ((1, q.shape[2]), (1,), (1, q.shape[2]), (1,)))
+    )  # compiled by one thread
     with ThreadPoolExecutor(size) as threads, torch.no_grad():
         parts = list(threads.map(one, ranks))
     whole = {}

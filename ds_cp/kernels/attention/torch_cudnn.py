@@ -1,7 +1,8 @@
 """cuDNN's attention as PyTorch ships it (`aten._scaled_dot_product_cudnn_attention`): fp16 and bf16, GQA, any strides.
 
 On Hopper 1.8 times FlashAttention-2's speed at large tiles. It builds a plan of some 60 ms for every new shape and direction, so it
-pays for shapes that recur. lse is [1, N, T, 1], fp32, natural log. Its varlen form is slow: documents are one call each.
+pays for shapes that recur. lse is [1, N, T, 1], fp32, natural log. Its varlen form is slow: documents are one call each. One query
+against one key it refuses; that is written out here.
 """
 
 from __future__ import annotations
@@ -71,6 +72,9 @@ def _tokens_first(x_1NTH: Tensor) -> Tensor:
 
 
 def _one(q_TNH: Tensor, k_SMH: Tensor, v_SMH: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    if len(q_TNH) == len(k_SMH) == 1:
+        lse_TN = scale * (q_TNH.float() * _expand(k_SMH, q_TNH).float()).sum(-1)
+        return _expand(v_SMH, q_TNH), lse_TN
     q, k, v = map(_heads_first, (q_TNH, k_SMH, v_SMH))
     out, lse_1NT1, *_ = _forward(q, k, v, None, True, 0.0, causal, False, scale=scale)
     return _tokens_first(out), lse_1NT1[0, :, :, 0].transpose(0, 1)
@@ -86,6 +90,8 @@ def _one_backward(
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if len(q_TNH) == len(k_SMH) == 1:
+        return _single_backward(dout_TNH, q_TNH, k_SMH, v_SMH, out_TNH, lse_TN, scale)
     dout, q, k, v, out = map(_heads_first, (dout_TNH, q_TNH, k_SMH, v_SMH, out_TNH))
     lse_1NT1 = lse_TN.transpose(0, 1).contiguous()[None, :, :, None]
     no_rng = torch.empty(2, device=q.device, dtype=torch.int64)  # read only with dropout
@@ -93,3 +99,27 @@ def _one_backward(
     bias, cum = None, None
     grads = _backward(dout, q, k, v, out, lse_1NT1, no_rng[0], no_rng[1], bias, cum, cum, *lengths, 0.0, causal, scale=scale)
     return tuple(map(_tokens_first, grads))
+
+
+def _expand(x_SMH: Tensor, q_TNH: Tensor) -> Tensor:
+    return x_SMH.repeat_interleave(q_TNH.shape[1] // x_SMH.shape[1], dim=1)
+
+
+def _single_backward(
+    dout_1NH: Tensor, q_1NH: Tensor, k_1MH: Tensor, v_1MH: Tensor, out_1NH: Tensor, lse_1N: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The formulas of `reference` for one score a head."""
+    dout, q, k, v, out = (
+        dout_1NH.float(),
+        q_1NH.float(),
+        _expand(k_1MH, q_1NH).float(),
+        _expand(v_1MH, q_1NH).float(),
+        out_1NH.float(),
+    )
+    p = (scale * (q * k).sum(-1) - lse_1N).exp().unsqueeze(-1)
+    ds = scale * p * (dout * (v - out)).sum(-1, keepdim=True)
+
+    def fold(d_1NH: Tensor) -> Tensor:
+        return d_1NH.unflatten(1, (k_1MH.shape[1], -1)).sum(2).to(k_1MH.dtype)
+
+    return (ds * k).to(q_1NH.dtype), fold(ds * q), fold(p * dout)

@@ -1,0 +1,156 @@
+"""What stands for `ds_cp.comm` where no network is: a ring in one process.
+
+Wire      one rank alone, for time: what it would receive is a copy of what it sends, made on a stream of its own as NCCL's would be.
+Lockstep  every rank a thread, for numbers: a tensor goes through a queue to the rank that gets it. One rank runs at a time and
+          hands over where it waits, so nothing else in the process needs to be safe against threads.
+
+Either is given to the code as its process group. `install` puts `Hop`, `Gather` and `reduce_scatter` of this module into ds_cp.comm;
+they have the signatures of those they stand for.
+"""
+
+from __future__ import annotations
+
+import queue
+from collections import defaultdict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from threading import Lock
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from ds_cp import comm
+
+POLL_SECONDS = 0.2
+Result = TypeVar("Result")
+Wait = Callable[[], Tensor]
+
+
+class Group(Protocol):
+    """A posted operation is returned as the function that waits for it."""
+
+    def hop(self, x: Tensor, received: Tensor, ranks: tuple[int, ...], rank: int, what: str) -> Wait: ...
+    def gather(self, x: Tensor, ranks: int) -> Wait: ...
+    def reduce_scatter(self, x: Tensor) -> Tensor: ...
+
+
+class Hop:
+    def __init__(self, x: Tensor, received: Tensor, group: Any, ranks: tuple[int, ...], rank: int, what: str) -> None:
+        assert x.is_contiguous()
+        assert received.is_contiguous()
+        assert x.shape == received.shape
+        assert x.dtype == received.dtype
+        self._sent = x  # kept alive until the copy is done
+        self.wait: Wait = group.hop(x, received, ranks, rank, what)
+
+
+class Gather:
+    def __init__(self, x: Tensor, group: Any, ranks: int) -> None:
+        assert x.is_contiguous()
+        self._sent = x
+        self.wait: Wait = group.gather(x, ranks)
+
+
+def reduce_scatter(x: Tensor, group: Any) -> Tensor:
+    return group.reduce_scatter(x)
+
+
+def install() -> None:
+    """For the rest of this process."""
+    for stand_in in (Hop, Gather, reduce_scatter):
+        setattr(comm, stand_in.__name__, stand_in)
+
+
+class Wire:
+    """A `Group` of one rank that hears its own voice."""
+
+    def __init__(self, device: str) -> None:
+        self._stream = torch.cuda.Stream() if device == "cuda" else None
+
+    def hop(self, x: Tensor, received: Tensor, ranks: tuple[int, ...], rank: int, what: str) -> Wait:
+        return self._copied(received, x, received)
+
+    def gather(self, x: Tensor, ranks: int) -> Wait:
+        everyone = x.new_empty(ranks * x.numel()).view(ranks, *x.shape)
+        return self._copied(everyone, x.unsqueeze(0), everyone)
+
+    def reduce_scatter(self, x: Tensor) -> Tensor:
+        return x.sum(0)
+
+    def _copied(self, into: Tensor, x: Tensor, result: Tensor) -> Wait:
+        if self._stream is None:
+            into.copy_(x)
+            return lambda: result
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            into.copy_(x)
+            done = self._stream.record_event()
+
+        def wait() -> Tensor:
+            torch.cuda.current_stream().wait_event(done)  # the stream waits, not the host
+            return result
+
+        return wait
+
+
+class Lockstep:
+    """The ranks of one ring. The queues are by receiver, sender and purpose."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.turn = size, Lock()
+        self.queues: dict[tuple[int, int, str], queue.Queue[Tensor]] = defaultdict(queue.Queue)
+        self.failure: BaseException | None = None
+
+    def run(self, one: Callable[[int, Seat], Result]) -> list[Result]:
+        """`one(rank, group)` of every rank."""
+
+        def guarded(rank: int) -> Any:
+            with self.turn:
+                try:
+                    return one(rank, Seat(self, rank))
+                except BaseException as error:  # the first is the cause, the others' waiting its effect
+                    self.failure = self.failure or error
+
+        with ThreadPoolExecutor(self.size) as threads:
+            results = list(threads.map(guarded, range(self.size)))
+        if self.failure is not None:
+            raise self.failure
+        return results
+
+
+class Seat:
+    """A `Group` as one rank of a `Lockstep` sees it."""
+
+    def __init__(self, ring: Lockstep, rank: int) -> None:
+        self._ring, self._rank = ring, rank
+
+    def hop(self, x: Tensor, received: Tensor, ranks: tuple[int, ...], rank: int, what: str) -> Wait:
+        self._put((rank + 1) % len(ranks), what, x)
+        return lambda: received.copy_(self._take((rank - 1) % len(ranks), what))
+
+    def gather(self, x: Tensor, ranks: int) -> Wait:
+        for receiver in range(ranks):
+            self._put(receiver, "gather", x)
+        return lambda: torch.stack([self._take(sender, "gather") for sender in range(ranks)])
+
+    def reduce_scatter(self, x: Tensor) -> Tensor:
+        for receiver, part in enumerate(x):
+            self._put(receiver, "scatter", part)
+        return torch.stack([self._take(sender, "scatter") for sender in range(len(x))]).sum(0)
+
+    def _put(self, receiver: int, what: str, x: Tensor) -> None:
+        self._ring.queues[receiver, self._rank, what].put(x.clone())
+
+    def _take(self, sender: int, what: str) -> Tensor:
+        arriving = self._ring.queues[self._rank, sender, what]
+        self._ring.turn.release()
+        try:
+            while self._ring.failure is None:
+                try:
+                    return arriving.get(timeout=POLL_SECONDS)
+                except queue.Empty:
+                    continue
+            raise RuntimeError("another rank failed")
+        finally:
+            self._ring.turn.acquire()
