@@ -6,6 +6,8 @@ In the docstrings `w` is the group's size, `i`, `j` are ranks of it, `x_i` is th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -110,26 +112,27 @@ class Hop:
 
 
 class Gather:
-    """A posted all-gather; `wait()` returns everybody's tensors, [w, ...] in rank order. No gradient passes.
+    """Posted all-gathers; after `wait()` each `received[p]` [w, ...] holds everybody's `sent[p]` in rank order. No gradient passes.
 
-    Shards: `x_i` of one shape on all ranks. It must not change before `wait`.
+    Shards: `sent` are contiguous tensors, of the same shapes on all ranks. They must not change before `wait`.
     """
 
-    def __init__(self, x: Tensor, group: dist.ProcessGroup, ranks: int) -> None:
-        assert x.is_contiguous()
-        self._sent, self._received = x, x.new_empty(ranks * x.numel())
-        self._work = dist.all_gather_into_tensor(self._received, x.view(-1), group=group, async_op=True)
+    def __init__(self, sent: Sequence[Tensor], received: Sequence[Tensor], group: dist.ProcessGroup) -> None:
+        self._sent = sent  # kept alive until the work is done
+        flat = [(into.view(-1), x.view(-1)) for x, into in zip(sent, received, strict=True)]
+        self._work = [dist.all_gather_into_tensor(into, x, group=group, async_op=True) for into, x in flat]
 
-    def wait(self) -> Tensor:
-        self._work.wait()
-        return self._received.view(-1, *self._sent.shape)
+    def wait(self) -> None:
+        for work in self._work:
+            work.wait()
 
 
-def reduce_scatter(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+def reduce_scatter(parts: Sequence[Tensor], group: dist.ProcessGroup) -> list[Tensor]:
     """Sums over ranks, of which each keeps its part. No gradient passes.
 
-    Shards: `x_i` [w, ...] with `x_i[j]` meant for rank j. Result: `y_j = sum_i x_i[j]`.
+    Shards: `parts[p]` on rank i is [w, ...], contiguous, with `parts[p][j]` meant for rank j. Result: `y_j = sum_i x_i[j]` of each.
     """
-    out = torch.empty_like(x[0])
-    dist.reduce_scatter_tensor(out.view(-1), x.contiguous().view(-1), group=group)
-    return out
+    sums = [torch.empty_like(part[0]) for part in parts]
+    for into, part in zip(sums, parts, strict=True):
+        dist.reduce_scatter_tensor(into.view(-1), part.view(-1), group=group)
+    return sums

@@ -75,6 +75,20 @@ def gathered_order(layout: Layout) -> tuple[Range, ...]:
     return tuple(span for r in range(layout.ring) for u in range(layout.ulysses) for span in layout.local_ranges(r, u))
 
 
+def gathered_place(layout: Layout, chunk: int) -> int:
+    """Where `chunk` stands, counted in chunks, when every rank's chunks are gathered slot by slot, the last slot first.
+
+    Under zigzag the later slot has the row's second half backwards and the first slot its first half forwards:
+
+        2R-1  2R-2 ... R+1  R | 0  1 ... R-1
+
+    so that all chunks before a given one stand side by side, whichever it is.
+    """
+    rank = next(rank for rank, mine in enumerate(layout.chunks) if chunk in mine)
+    slots = len(layout.chunks[rank])
+    return (slots - 1 - layout.chunks[rank].index(chunk)) * layout.ring + rank
+
+
 def _cut(ranges: tuple[Range, ...], start: int, end: int) -> tuple[Range, ...]:
     """The part [start, end) of the concatenation of `ranges`."""
     parts, offset = [], 0

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ds_cp import comm
 from ds_cp.batch import SequenceContext
+from ds_cp.kernels.attention import Accumulator
 from ds_cp.kernels.merge import merge_
 from ds_cp.tiles import Tile
 
@@ -62,9 +63,9 @@ class RingAttention(torch.autograd.Function):
         if len(steps) == 1:
             grads = context.kernel.backward(dout_SNH, q, k, v, out, lse, steps[0][0], ctx.scale)
             return *grads, None, None
-        pull = _Pull(dout_SNH, q, out, lse, context, ctx.scale)
+        pull = _Pull(dout_SNH.contiguous(), q, out, lse, context, ctx.scale)
         dkv = (_backward_gathered if context.gathered else _backward_hops)(pull, k, v, context)
-        return pull.dq.to(q.dtype), dkv[0].to(k.dtype), dkv[1].to(v.dtype), None, None
+        return pull.dq(), dkv[0].to(k.dtype), dkv[1].to(v.dtype), None, None
 
 
 class _Pull:
@@ -74,21 +75,37 @@ class _Pull:
         self._dout, self._q, self._out, self._lse = dout, q, out, lse
         self._kernel, self._scale = context.kernel, scale
         self.work = torch.float64 if q.dtype == torch.float64 else torch.float32
-        self.dq: Tensor | None = None
+        self._dq: Tensor | None = None
+        self._sums: dict[tuple[int, int], Accumulator | None] = {}
 
     def tile(self, block: Block, tile: Tile) -> tuple[Tensor, Tensor]:
-        part = slice(tile.q_start, tile.q_end)
         q, k, v = _slices(self._q, block, tile)
-        dq, dk, dv = self._kernel.backward(self._dout[part], q, k, v, self._out[part], self._lse[part], tile, self._scale)
-        if self.dq is None:
-            self.dq = dq.to(self.work)
+        part = slice(tile.q_start, tile.q_end)
+        given = self._dout[part], q, k, v, self._out[part], self._lse[part], tile, self._scale
+        sums = None if self._dq is None else self._accumulator(tile, given)
+        if sums is not None and sums.takes(k):
+            return sums.backward(k, v)
+        dq, dk, dv = self._kernel.backward(*given)
+        if self._dq is None:
+            self._dq = dq.to(self.work)
         else:
-            self.dq[part] += dq
+            self._dq[part] += dq
         return dk, dv
 
-    def into(self, dkv: Tensor, block: Block, tiles: tuple[Tile, ...]) -> None:
-        for tile in tiles:
-            _add(dkv, tile, *self.tile(block, tile))
+    def _accumulator(self, tile: Tile, given: tuple) -> Accumulator | None:
+        """Where the kernel sums dq itself: one for all tiles of the same queries."""
+        span = tile.q_start, tile.q_end
+        if span not in self._sums:
+            accumulate = getattr(self._kernel, "accumulate", None)
+            self._sums[span] = accumulate(*given) if accumulate else None
+        return self._sums[span]
+
+    def dq(self) -> Tensor:
+        assert self._dq is not None
+        for (start, end), sums in self._sums.items():
+            if sums is not None:
+                self._dq[start:end] += sums.dq()
+        return self._dq.to(self._q.dtype)
 
 
 def _backward_hops(pull: _Pull, k: Tensor, v: Tensor, context: SequenceContext) -> Tensor:
@@ -111,13 +128,16 @@ def _backward_hops(pull: _Pull, k: Tensor, v: Tensor, context: SequenceContext) 
 
 
 def _backward_gathered(pull: _Pull, k: Tensor, v: Tensor, context: SequenceContext) -> Tensor:
-    (own, own_tiles), (row, row_tiles) = _blocks(k, v, context)
+    (own, (own_tile,)), (row, tiles) = _blocks(k, v, context)
     dkv = torch.empty_like(own, dtype=pull.work)
-    dkv[0], dkv[1] = pull.tile(own, own_tiles[0])
+    dkv[0], dkv[1] = pull.tile(own, own_tile)
     drow = torch.zeros_like(row, dtype=pull.work)
-    pull.into(drow, row, row_tiles)
-    home = comm.reduce_scatter(_by_rank(drow, context), context.mesh.ring.group)
-    return dkv + home
+    for tile in tiles:
+        _add(drow, tile, *pull.tile(row, tile))
+    home = comm.reduce_scatter(_by_slot(drow, context), context.mesh.ring.group)
+    for mine, theirs in zip(_own_slots(dkv, context), home, strict=True):
+        mine += theirs
+    return dkv
 
 
 def _blocks(k: Tensor, v: Tensor, context: SequenceContext) -> Iterator[tuple[Block, tuple[Tile, ...]]]:
@@ -128,9 +148,11 @@ def _blocks(k: Tensor, v: Tensor, context: SequenceContext) -> Iterator[tuple[Bl
         return
     block = torch.stack((k, v))
     if context.gathered:
-        everyone = comm.Gather(block, context.mesh.ring.group, context.mesh.ring.size)
+        row = block.new_empty((2, context.layout.length, *block.shape[2:]))
+        everyone = comm.Gather(_own_slots(block, context), _by_slot(row, context), context.mesh.ring.group)
         yield block, steps[0]
-        yield _by_row(everyone.wait(), context), steps[1]
+        everyone.wait()
+        yield row, steps[1]
         return
     spare = torch.empty_like(block)
     for step, tiles in enumerate(steps):
@@ -156,15 +178,14 @@ def _add(dkv: Tensor, tile: Tile, dk: Tensor, dv: Tensor) -> None:
     dkv[1, keys] += dv
 
 
-def _by_row(everyone: Tensor, context: SequenceContext) -> Tensor:
-    """[R, 2, S, M, H] in rank order to [2, row, M, H] in the row's order."""
-    held = context.layout.chunks
-    chunks = everyone.unflatten(2, (len(held[0]), -1))
-    place = {chunk: (rank, slot) for rank, mine in enumerate(held) for slot, chunk in enumerate(mine)}
-    return torch.cat([chunks[place[c][0], :, place[c][1]] for c in range(len(place))], dim=1)
+def _own_slots(block: Tensor, context: SequenceContext) -> list[Tensor]:
+    """The own chunks of [2, S, M, H], each [chunk, M, H], of keys and of values."""
+    slots = len(context.layout.chunks[0])
+    return list(block.unflatten(1, (slots, -1)).flatten(0, 1))
 
 
-def _by_rank(row: Tensor, context: SequenceContext) -> Tensor:
-    """The inverse of `_by_row`."""
-    size = context.layout.chunk
-    return torch.stack([torch.cat([row[:, c * size : (c + 1) * size] for c in mine], 1) for mine in context.layout.chunks])
+def _by_slot(row: Tensor, context: SequenceContext) -> list[Tensor]:
+    """Where `layout.gathered_place` has the ranks' chunks, in the order of `_own_slots`: [R, chunk, M, H] each."""
+    slots = len(context.layout.chunks[0])
+    parts = row.unflatten(1, (slots, context.layout.ring, -1))
+    return [of_kind[slot] for of_kind in parts for slot in reversed(range(slots))]

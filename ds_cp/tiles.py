@@ -19,7 +19,7 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
-from ds_cp.layout import Layout, Range
+from ds_cp.layout import Layout, Range, gathered_place
 
 
 @dataclass(frozen=True)
@@ -71,13 +71,33 @@ def plan(layout: Layout, ring_rank: int, documents: Sequence[int]) -> tuple[tupl
 
 
 def plan_gathered(layout: Layout, ring_rank: int, documents: Sequence[int]) -> tuple[tuple[Tile, ...], ...]:
-    """The tiles of `ring_impl: allgather`: the own chunks, each by itself; then each against all of the row before it.
+    """The tiles of `ring_impl: allgather`: the own chunks, each by itself; then each against its document's tokens before it.
 
-    The keys of the second step are the whole row in its own order.
+    The keys of the second step are the whole row, its chunks where `layout.gathered_place` puts them. A rectangle has no order
+    among its keys: pieces that stand side by side there are one tile.
     """
     mine = layout.ring_ranges(ring_rank)
     everywhere = sorted({*documents, *(edge for span in mine for edge in span)})
-    return (_own(mine, everywhere),), _rectangles(mine, ((0, layout.length),), documents)
+    places = [gathered_place(layout, chunk) * layout.chunk for chunk in range(layout.length // layout.chunk)]
+    before: list[Tile] = []
+    offset = 0
+    for start, end in mine:
+        document = _document_of(start, documents)
+        last = offset + min(end, documents[document + 1]) - start
+        before += [Tile(offset, last, a, b) for a, b in _gathered_keys(documents[document], start, layout.chunk, places)]
+        offset += end - start
+    return (_own(mine, everywhere),), tuple(before)
+
+
+def _gathered_keys(start: int, end: int, chunk: int, places: Sequence[int]) -> list[Range]:
+    """Where the row's tokens [start, end) stand after a gather, as few ranges as possible; `end` is a chunk's edge."""
+    pieces = sorted((places[c] + max(start - c * chunk, 0), places[c] + chunk) for c in range(start // chunk, end // chunk))
+    ranges: list[Range] = []
+    for a, b in pieces:
+        if ranges and ranges[-1][1] == a:
+            a = ranges.pop()[0]
+        ranges.append((a, b))
+    return ranges
 
 
 def _own(mine: tuple[Range, ...], documents: Sequence[int]) -> Tile:

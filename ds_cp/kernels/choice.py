@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from ds_cp.kernels import attention
-from ds_cp.kernels.attention import Kernel
+from ds_cp.kernels.attention import Accumulator, Kernel
 from ds_cp.tiles import Tile
 
 PLAN_SECONDS = 0.058
@@ -62,6 +62,21 @@ class Auto:
     ) -> tuple[Tensor, Tensor, Tensor]:
         kernel = self.choose(q_TNH, k_SMH, v_SMH, tile, 1)
         return kernel.backward(dout_TNH, q_TNH, k_SMH, v_SMH, out_TNH, lse_TN, tile, scale)
+
+    def accumulate(
+        self,
+        dout_TNH: Tensor,
+        q_TNH: Tensor,
+        k_SMH: Tensor,
+        v_SMH: Tensor,
+        out_TNH: Tensor,
+        lse_TN: Tensor,
+        tile: Tile,
+        scale: float,
+    ) -> Accumulator | None:
+        kernel = self.choose(q_TNH, k_SMH, v_SMH, tile, 1)
+        accumulate = getattr(kernel, "accumulate", None)
+        return accumulate(dout_TNH, q_TNH, k_SMH, v_SMH, out_TNH, lse_TN, tile, scale) if accumulate else None
 
     def choose(self, q: Tensor, k: Tensor, v: Tensor, tile: Tile, direction: int) -> Kernel:
         """The kernel of one call; direction 0 is forward, 1 backward."""

@@ -11,7 +11,7 @@ row of world * local tokens. Each contender has a process of its own: one that r
 The fake group writes nothing, and fresh buffers may hold NaN or zeros, with which a GPU is faster than with numbers. So receive
 buffers are filled with what this rank sends: everything stays finite, though it is not a training run (a loss that is summed
 over ranks is this rank's share). Those copies are a part of their own in the tables; ZeRO's run on streams of their own.
-Left out: ds_cp.initialize's measurement (it needs a network) and ALST's loader; ds_cp cuts the row in the step.
+Left out: ds_cp.initialize's measurement, which needs a network, and ALST's loader. ds_cp cuts the row in the step.
 
     seconds          between the ends of successive steps (CUDA events; the host's clock on CPU): median of --steps
     peak_gib         torch.cuda.max_memory_allocated over those steps; state is what is allocated after initialisation
@@ -56,9 +56,8 @@ KERNELS, COPIES, EXCHANGE, ATTENTION = "attention kernels", "exchange copies", "
 MLP, LOSS, OPTIMIZER, REST, SAVED = "mlp", "loss", "optimizer", "rest", "saved"
 PARTS = (KERNELS, COPIES, EXCHANGE, ATTENTION, MLP, LOSS, OPTIMIZER, REST)
 COLLECTIVES = ("all_gather", "all_gather_into_tensor", "reduce_scatter_tensor", "all_to_all", "all_to_all_single")
+COLLECTIVES += ("batch_isend_irecv",)
 RESULT = "one_rank result: "
-
-Step = Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
@@ -77,9 +76,6 @@ class Case:
     steps: int
     tiny: bool
     block: dict[str, Any]
-
-
-# What a worker runs: marks, the stand-in for the network, the two contenders.
 
 
 class Timeline:
@@ -112,7 +108,7 @@ class Timeline:
             torch.cuda.reset_peak_memory_stats()
         self.marks.append((moment, self.stack[-1] if self.stack else ""))
 
-    def record(self, mode: str, step: Step) -> dict[str, float]:
+    def record(self, mode: str, step: Callable[[], Tensor]) -> dict[str, float]:
         """Runs a step. "time": exclusive seconds of each part. "memory": its highest allocation, and SAVED, in bytes."""
         self.mode, self.stack, self.marks = mode, [], []
         self.mark(REST)
@@ -185,30 +181,11 @@ def echoing(name: str, timeline: Timeline) -> Callable[..., Any]:
     signature = inspect.signature(send)
 
     def collective(*args: Any, **kwargs: Any) -> Any:
-        beside = timeline.cuda and torch.cuda.current_stream() != torch.cuda.default_stream()  # ZeRO's
-        with torch.no_grad():
-            (echo if beside else marked)(name, signature.bind(*args, **kwargs).arguments)
+        with torch.no_grad():  # ZeRO's are not marked: they run on streams of their own
+            (marked if EXCHANGE in timeline.stack else echo)(name, signature.bind(*args, **kwargs).arguments)
         return send(*args, **kwargs)
 
     return collective
-
-
-def start(case: Case) -> Timeline:
-    """The fake process group, under torch and then under DeepSpeed, which keeps some of torch's collectives at its start."""
-    import deepspeed
-    from deepspeed.accelerator import get_accelerator
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    timeline = Timeline(cuda=get_accelerator().device_name() == "cuda")
-    dist.init_process_group("fake", store=FakeStore(), rank=case.rank, world_size=case.world)
-    for name in (*COLLECTIVES, "batch_isend_irecv"):
-        setattr(dist, name, echoing(name, timeline))
-    deepspeed.runtime.zero.utils.assert_lst_len_same_as_other_ranks = lambda ints: None  # rank 0 does not answer
-    deepspeed.runtime.zero.utils.get_lst_from_rank0 = list
-    if not timeline.cuda:
-        deepspeed.comm.torch.build_shm_op = lambda: None  # it waits for the other ranks' shared memory
-    deepspeed.init_distributed(dist_backend="fake")
-    return timeline
 
 
 def initialize(model: Any, case: Case, mpu: Any = None) -> Any:
@@ -221,7 +198,7 @@ def initialize(model: Any, case: Case, mpu: Any = None) -> Any:
     return deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config, mpu=mpu)[0]
 
 
-def build_alst(model: Any, row: dict[str, Tensor], case: Case, timeline: Timeline) -> tuple[Any, Step]:
+def build_alst(model: Any, row: dict[str, Tensor], case: Case, timeline: Timeline) -> tuple[Any, Callable[[], Tensor]]:
     import torch.distributed.nn.functional as differentiable
     from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -233,8 +210,7 @@ def build_alst(model: Any, row: dict[str, Tensor], case: Case, timeline: Timelin
     )
     engine = initialize(model, case, mpu)
     group = mpu.get_sequence_parallel_group()
-    targets = torch.nn.functional.pad(row["labels"], (0, 1), value=IGNORE)[:, 1:]
-    row = {"input_ids": row["input_ids"], "position_ids": row["position_ids"], "shift_labels": targets}
+    row["shift_labels"] = torch.nn.functional.pad(row.pop("labels"), (0, 1), value=IGNORE)[:, 1:]
     shard = {key: x.chunk(case.world, dim=1)[case.rank].contiguous() for key, x in row.items()}
 
     def forward() -> Tensor:
@@ -248,7 +224,7 @@ def build_alst(model: Any, row: dict[str, Tensor], case: Case, timeline: Timelin
     return engine, forward
 
 
-def build_ours(model: Any, row: dict[str, Tensor], case: Case, timeline: Timeline) -> tuple[Any, Step]:
+def build_ours(model: Any, row: dict[str, Tensor], case: Case, timeline: Timeline) -> tuple[Any, Callable[[], Tensor]]:
     """ds_cp.engine.initialize without what needs an answer from other ranks."""
     from ds_cp import config, engine, mesh, topology
     from ds_cp.models import checks
@@ -266,7 +242,7 @@ def build_ours(model: Any, row: dict[str, Tensor], case: Case, timeline: Timelin
     return engine_, lambda: engine_(**row).loss
 
 
-def build(case: Case, timeline: Timeline) -> Step:
+def build(case: Case, timeline: Timeline) -> Callable[[], Tensor]:
     """A whole step on a row that is one document, on the host and the same for every rank."""
     from deepspeed.accelerator import get_accelerator
     from transformers import AutoModelForCausalLM, LlamaConfig
@@ -283,12 +259,12 @@ def build(case: Case, timeline: Timeline) -> Step:
     ids = torch.randint(0, config.vocab_size, (1, length), generator=generator)
     row = {"input_ids": ids, "labels": ids.clone(), "position_ids": torch.arange(length)[None]}
     engine, forward = (build_alst if case.contender == "ALST" else build_ours)(model, row, case, timeline)
-
     name = model.config._attn_implementation
     ALL_ATTENTION_FUNCTIONS[name] = timeline.part(EXCHANGE, ALL_ATTENTION_FUNCTIONS[name])
     for layer in model.model.layers:
-        for module, part in ((layer.self_attn, ATTENTION), (layer.mlp, MLP), (layer, REST)):
-            module.forward = timeline.part(part, module.forward)
+        for child in layer.children():  # norms too: they are recomputed in the middle of the backward of the mlp
+            part = {layer.self_attn: ATTENTION, layer.mlp: MLP}.get(child, REST)
+            child.forward = timeline.part(part, child.forward)
     model.lm_head.forward = timeline.part(LOSS, model.lm_head.forward)
     model.loss_function = timeline.part(LOSS, model.loss_function)
     optimize = timeline.part(OPTIMIZER, engine.step)
@@ -303,7 +279,19 @@ def build(case: Case, timeline: Timeline) -> Step:
 
 
 def measure(case: Case) -> dict[str, Any]:
-    timeline = start(case)
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    timeline = Timeline(cuda=get_accelerator().device_name() == "cuda")
+    dist.init_process_group("fake", store=FakeStore(), rank=case.rank, world_size=case.world)
+    for name in COLLECTIVES:  # before init_distributed, which keeps some of them
+        setattr(dist, name, echoing(name, timeline))
+    deepspeed.runtime.zero.utils.assert_lst_len_same_as_other_ranks = lambda ints: None  # rank 0 does not answer
+    deepspeed.runtime.zero.utils.get_lst_from_rank0 = list
+    if not timeline.cuda:
+        deepspeed.comm.torch.build_shm_op = lambda: None  # it waits for the other ranks' shared memory
+    deepspeed.init_distributed(dist_backend="fake")
     step = build(case, timeline)
     state = torch.cuda.memory_allocated()
     losses = [float(step()) for _ in range(WARM_UP)]
@@ -319,7 +307,6 @@ def measure(case: Case) -> dict[str, Any]:
     if timeline.cuda:
         peak, before = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
         out |= {"state_gib": state / GIB, "peak_gib": peak / GIB, "peak_above_state_gib": (peak - state) / GIB}
-        out |= {"before_step_gib": before / GIB}
         out["gib_by_part"] = {part: (size - before) / GIB for part, size in timeline.record("memory", step).items()}
     device = torch.cuda.get_device_name() if timeline.cuda else "cpu"
     return out | {"seconds_by_part": timeline.record("time", step), "device": device}
@@ -333,16 +320,14 @@ def worker(case: Case) -> None:
     print("", RESULT + json.dumps(result), sep="\n")
 
 
-# What the parent runs: one process after another, tables.
-
-
 def run(case: Case, timeout: float, console: Console) -> dict[str, Any]:
     path = os.pathsep.join(filter(None, [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH")]))
     job = {"RANK": str(case.rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(case.world), "PYTHONPATH": path}
     job |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}  # DeepSpeed asks for them; nothing listens there
     command = [sys.executable, "-X", "faulthandler", __file__, "--worker", json.dumps(asdict(case))]
+    merged: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     try:
-        out = subprocess.run(command, env=os.environ | job, timeout=timeout, stdout=subprocess.PIPE, stderr=subprocess.STDOUT).stdout
+        out = subprocess.run(command, env=os.environ | job, timeout=timeout, **merged).stdout
     except subprocess.TimeoutExpired as error:
         out = (error.stdout or b"") + f"\n{error}".encode()
     lines = out.decode(errors="replace").splitlines()
@@ -352,19 +337,8 @@ def run(case: Case, timeout: float, console: Console) -> dict[str, Any]:
     return json.loads(found[0]) if found else {"outcome": "failed", "message": "\n".join(lines[-15:])}
 
 
-def tables(rows: list[dict[str, Any]], console: Console, markdown: bool) -> None:
-    step = ("outcome", "seconds", "fastest", "to_alst", "peak_gib", "peak_above_state_gib", "state_gib")
-    for section, columns in (("step", step), ("seconds_by_part", PARTS), ("gib_by_part", (SAVED, *PARTS))):
-        view = []
-        for row in rows:
-            values = row if section == "step" else row.get(section, {})
-            first = {key: row[key] for key in ("contender", "attention", "ulysses", "ring", "local_tokens")}
-            view.append({"section": section, **first, **{key: values.get(key, "-") for key in columns}})
-        show(view, console, markdown)
-
-
 def parse() -> argparse.Namespace:
-    flash = any(found.name.replace("-", "_") == "flash_attn" for found in distributions())
+    flash = [f"flash_attention_{n}" for n, name in ((2, "flash_attn"), (4, "flash_attn_4")) if any(distributions(name=name))]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--world", type=int, default=8, help="ranks of the job, all sharing one row (8)")
@@ -374,7 +348,7 @@ def parse() -> argparse.Namespace:
     add("--settings", nargs="*", default=["8x1", "4x2", "2x4", "1x8"], help="ds_cp, ulysses x ring (8x1 4x2 2x4 1x8)")
     add("--kernel", default="auto", help="ds_cp: attention_kernel of the block")
     add("--block", type=json.loads, default={}, help="ds_cp: more of the block, as JSON")
-    add("--alst", nargs="*", default=["sdpa", *(["flash_attention_2"] if flash else [])], help="ALST: core attentions")
+    add("--alst", nargs="*", default=["sdpa", *flash], help="ALST: core attentions (sdpa, and flash attention if installed)")
     add("--steps", type=int, default=5, help="timed steps (5)")
     add("--checkpointing", action=argparse.BooleanOptionalAction, default=True, help="of every layer, both contenders")
     add("--tiny", action="store_true", help="a tiny model and 64 local tokens: proves the script")
@@ -409,7 +383,12 @@ def main() -> None:
             rows.append(row)
             if args.json:
                 args.json.write_text(json.dumps({"machine": about, "rows": rows}, indent=1) + "\n")
-    tables(rows, console, args.markdown)
+    step = ("outcome", "seconds", "fastest", "to_alst", "peak_gib", "peak_above_state_gib", "state_gib")
+    first = ("contender", "attention", "ulysses", "ring", "local_tokens")
+    for section, columns in (("step", step), ("seconds_by_part", PARTS), ("gib_by_part", (SAVED, *PARTS))):
+        values = [{key: row[key] for key in first} | (row if section == "step" else row.get(section, {})) for row in rows]
+        view = [{"section": section} | {key: value.get(key, "-") for key in (*first, *columns)} for value in values]
+        show(view, console, args.markdown)
     sys.exit(any(row["outcome"] == "failed" for row in rows))
 
 

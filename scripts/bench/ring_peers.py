@@ -10,15 +10,15 @@ A rank holds chunks r and 2R - 1 - r of 2R. Both peers compute the same blocks, 
 two lse, in a TorchScript function, and writes them back where it covers half of the queries. k and v hop as two tensors into new
 buffers. Backward gives each block the merged out and lse; dq, dk, dv are summed in fp32, dk and dv hop in fp32.
 
-`Recomputing` (modelscope/twinkle and ms-swift, zigzag): the same forward. Backward goes around the ring twice: it runs every block's
-forward and the merges again, sends dout back through the merges (fp32, kept for every step), then runs every block's backward with
-that block's own lse. As published its gradients are wrong, because the gradient of the blocks' lse is dropped. Here they are right:
-with w = exp(block_lse - lse), dout_block = w dout and the merged out in place of the block's,
+`Recomputing` (modelscope/twinkle and ms-swift, zigzag): the same forward. Backward goes around the ring twice: it runs every
+block's forward and the merges again, sends dout back through the merges (fp32, kept for every step), then runs every block's
+backward with that block's own lse. As published its gradients are wrong, because the gradient of the blocks' lse is dropped.
+Here they are right: with w = exp(block_lse - lse), dout_block = w dout and the merged out in place of the block's,
 
     p_block (dout_block . v - dout_block . out) = p (dout . v - dout . out)
 
-is the merged softmax's, which costs what the published call costs. Left out, so that its time and memory are lower bounds: the lse's
-own chain, the blocks' outs kept for every step, checks for NaN and other waits for the GPU, and copies of received gradients.
+is the whole softmax's, by the same call on the same shapes. Left out, so that its time and memory are lower bounds: the lse's own
+chain, the blocks' outs kept for every step, checks for NaN and other waits for the GPU, copies of received gradients.
 """
 
 from __future__ import annotations

@@ -1,18 +1,18 @@
 """What stands for `ds_cp.comm` where no network is: a ring in one process.
 
-Wire      one rank alone, for time: what it would receive is a copy of what it sends, made on a stream of its own as NCCL's would be.
+Wire      one rank alone, for time: what it would receive is a copy of what it sends, made on a stream of its own as by NCCL.
 Lockstep  every rank a thread, for numbers: a tensor goes through a queue to the rank that gets it. One rank runs at a time and
           hands over where it waits, so nothing else in the process needs to be safe against threads.
 
-Either is given to the code as its process group. `install` puts `Hop`, `Gather` and `reduce_scatter` of this module into ds_cp.comm;
-they have the signatures of those they stand for.
+Either is given to the code as its process group. `install` puts `Hop`, `Gather` and `reduce_scatter` of this module into
+ds_cp.comm; they have the signatures of those they stand for.
 """
 
 from __future__ import annotations
 
 import queue
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from threading import Lock
 from typing import Any, Protocol, TypeVar
@@ -31,7 +31,7 @@ class Group(Protocol):
     """A posted operation is returned as the function that waits for it."""
 
     def hop(self, x: Tensor, received: Tensor, ranks: tuple[int, ...], rank: int, what: str) -> Wait: ...
-    def gather(self, x: Tensor, ranks: int) -> Wait: ...
+    def gather(self, x: Tensor, received: Tensor) -> Wait: ...
     def reduce_scatter(self, x: Tensor) -> Tensor: ...
 
 
@@ -46,14 +46,19 @@ class Hop:
 
 
 class Gather:
-    def __init__(self, x: Tensor, group: Any, ranks: int) -> None:
-        assert x.is_contiguous()
-        self._sent = x
-        self.wait: Wait = group.gather(x, ranks)
+    def __init__(self, sent: Sequence[Tensor], received: Sequence[Tensor], group: Any) -> None:
+        assert all(x.is_contiguous() for x in (*sent, *received))
+        self._sent = sent
+        self._waits: list[Wait] = [group.gather(x, into) for x, into in zip(sent, received, strict=True)]
+
+    def wait(self) -> None:
+        for wait in self._waits:
+            wait()
 
 
-def reduce_scatter(x: Tensor, group: Any) -> Tensor:
-    return group.reduce_scatter(x)
+def reduce_scatter(parts: Sequence[Tensor], group: Any) -> list[Tensor]:
+    assert all(x.is_contiguous() for x in parts)
+    return [group.reduce_scatter(x) for x in parts]
 
 
 def install() -> None:
@@ -69,19 +74,18 @@ class Wire:
         self._stream = torch.cuda.Stream() if device == "cuda" else None
 
     def hop(self, x: Tensor, received: Tensor, ranks: tuple[int, ...], rank: int, what: str) -> Wait:
-        return self._copied(received, x, received)
+        return self._copied(received, x)
 
-    def gather(self, x: Tensor, ranks: int) -> Wait:
-        everyone = x.new_empty(ranks * x.numel()).view(ranks, *x.shape)
-        return self._copied(everyone, x.unsqueeze(0), everyone)
+    def gather(self, x: Tensor, received: Tensor) -> Wait:
+        return self._copied(received, x.unsqueeze(0))
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
         return x.sum(0)
 
-    def _copied(self, into: Tensor, x: Tensor, result: Tensor) -> Wait:
+    def _copied(self, into: Tensor, x: Tensor) -> Wait:
         if self._stream is None:
             into.copy_(x)
-            return lambda: result
+            return lambda: into
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             into.copy_(x)
@@ -89,7 +93,7 @@ class Wire:
 
         def wait() -> Tensor:
             torch.cuda.current_stream().wait_event(done)  # the stream waits, not the host
-            return result
+            return into
 
         return wait
 
@@ -129,10 +133,10 @@ class Seat:
         self._put((rank + 1) % len(ranks), what, x)
         return lambda: received.copy_(self._take((rank - 1) % len(ranks), what))
 
-    def gather(self, x: Tensor, ranks: int) -> Wait:
-        for receiver in range(ranks):
+    def gather(self, x: Tensor, received: Tensor) -> Wait:
+        for receiver in range(len(received)):
             self._put(receiver, "gather", x)
-        return lambda: torch.stack([self._take(sender, "gather") for sender in range(ranks)])
+        return lambda: received.copy_(torch.stack([self._take(sender, "gather") for sender in range(len(received))]))
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
         for receiver, part in enumerate(x):

@@ -29,11 +29,11 @@ class LocalRing:
     def __init__(self, size: int) -> None:
         self.queues = {(rank, what): queue.Queue() for rank in range(size) for what in ("key/value", "gradient")}
         self.rank_here = threading.local()
-        self._board: dict[tuple[str, int], Tensor] = {}
+        self._board: dict[tuple[str, int], Sequence[Tensor]] = {}
         self._posted, self._read = threading.Barrier(size), threading.Barrier(size)
 
-    def swap(self, what: str, x: Tensor) -> list[Tensor]:
-        """Everybody's tensor, in rank order."""
+    def swap(self, what: str, x: Sequence[Tensor]) -> list[Sequence[Tensor]]:
+        """Everybody's tensors, in rank order."""
         self._board[what, self.rank_here.value] = x
         self._posted.wait(TIMEOUT_S)
         everyone = [self._board[what, rank] for rank in range(self._posted.parties)]
@@ -44,17 +44,18 @@ class LocalRing:
 class LocalGather:
     """`comm.Gather` between threads."""
 
-    def __init__(self, x: Tensor, group: LocalRing, ranks: int) -> None:
-        self._all = group.swap("gather", x)
+    def __init__(self, sent: Sequence[Tensor], received: Sequence[Tensor], group: LocalRing) -> None:
+        self._received, self._theirs = received, group.swap("gather", sent)
 
-    def wait(self) -> Tensor:
-        return torch.stack(self._all)
+    def wait(self) -> None:
+        for part, into in enumerate(self._received):
+            into.copy_(torch.stack([theirs[part] for theirs in self._theirs]))
 
 
-def local_reduce_scatter(x: Tensor, group: LocalRing) -> Tensor:
+def local_reduce_scatter(parts: Sequence[Tensor], group: LocalRing) -> list[Tensor]:
     """`comm.reduce_scatter` between threads."""
-    rank = group.rank_here.value
-    return sum((theirs[rank] for theirs in group.swap("reduce", x)), torch.zeros_like(x[0]))
+    rank, everyone = group.rank_here.value, group.swap("reduce", parts)
+    return [torch.stack([theirs[part][rank] for theirs in everyone]).sum(0) for part in range(len(parts))]
 
 
 class LocalHop:

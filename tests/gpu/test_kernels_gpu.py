@@ -98,7 +98,7 @@ def test_a_kernel_is_within_twice_the_error_of_plain_bf16(name: str, tile: Tile,
 @pytest.mark.parametrize("size", [64, 128, 256])
 @pytest.mark.parametrize("ring", [2, 4, 8])
 @pytest.mark.parametrize("gathered", [False, True], ids=["p2p", "allgather"])
-@pytest.mark.parametrize("documents", [(0, 1024), (0, 100, 101, 102, 640, 1000, 1024)], ids=["one", "packed"])
+@pytest.mark.parametrize("documents", [(0, 2048), (0, 100, 101, 102, 1240, 2000, 2048)], ids=["one", "packed"])
 @pytest.mark.parametrize("name", KERNELS)
 def test_the_ring_is_within_twice_the_error_of_one_kernel(
     name: str, documents, gathered: bool, ring: int, size: int, monkeypatch
@@ -110,6 +110,21 @@ def test_the_ring_is_within_twice_the_error_of_one_kernel(
     found = lockstep.ring(*tensors, documents, ring, kernel, scale, monkeypatch, gathered)
     for part, value in found.items():
         assert error(value, wanted[part]) <= 2 * error(alone[part], wanted[part]), part
+
+
+@pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
+@pytest.mark.parametrize("size", HEAD_SIZES)
+@pytest.mark.parametrize("name", [name for name in KERNELS if hasattr(attention.load(name), "accumulate")])
+def test_dq_summed_over_tiles_is_within_twice_the_error_of_plain_bf16(name: str, size: int, heads: tuple[int, int]) -> None:
+    kernel, scale, tile = attention.load(name), size**-0.5, Tile(0, 700, 0, 1500)
+    dout, q, k, v = inputs(700, 1500, heads, size)
+    wanted, plain = exact(dout, q, k, v, tile, scale), in_plain_bf16(dout, q, k, v, tile, scale)
+    out, lse = kernel.forward(q, k, v, tile, scale)
+    sums = kernel.accumulate(dout, q, k, v, out, lse, tile, scale)
+    parts = [sums.backward(k[span], v[span]) for span in (slice(0, 600), slice(600, 1500))]
+    found = {"dq": sums.dq(), **{name: torch.cat(x) for name, x in zip(("dk", "dv"), zip(*parts, strict=True), strict=True)}}
+    for part, value in found.items():
+        assert error(value, wanted[part]) <= 2 * error(plain[part], wanted[part]) + 1e-6, part
 
 
 @pytest.mark.parametrize("size", [80, 128])

@@ -35,7 +35,8 @@ IMPORTS = _table(
         "tiles": "layout",
         "mesh": "topology",
         "kernels": "",
-        "kernels.attention": "tiles",
+        "kernels.attention": "tiles kernels.flash4_hopper",
+        "kernels.flash4_hopper": "",
         "kernels.delta": "tiles",
         "kernels.merge": "kernels.merge_cuda",
         "kernels.merge_cuda": "",
@@ -60,7 +61,7 @@ IMPORTS = _table(
 BEYOND = _table(
     {
         "attention": "topology",  # the head split: a pure function that every rank calls alike
-        "ring": "kernels.merge",
+        "ring": "kernels.merge kernels.attention",  # merging; the type of what sums dq
         "loss": "batch",  # SequenceContext and IGNORE
         "models": "comm mesh kernels.attention",  # the same-row check; types of what a handle holds
         "trainer": "batch comm config factor mesh",  # reads the block, counts targets and verifies the factor as engine does
@@ -73,7 +74,8 @@ OUTSIDE = _table(
     {
         "transformers": "models engine trainer selftest",
         "deepspeed": "mesh loss engine trainer factor selftest",
-        "flash_attn": "kernels kernels.attention kernels.delta",
+        "flash_attn": "kernels.attention kernels.flash4_hopper",
+        "cutlass": "kernels.flash4_hopper",
         "fla": "kernels kernels.attention kernels.delta",
         "triton": "kernels.merge_cuda kernels.delta",
     }

@@ -76,9 +76,11 @@ def computed(plan: Layout, documents: Sequence[int], ring_rank: int) -> torch.Te
 
 
 def computed_gathered(plan: Layout, documents: Sequence[int], ring_rank: int) -> torch.Tensor:
-    """The same for `ring_impl: allgather`, whose second step has the whole row's keys."""
+    """The same for `ring_impl: allgather`, whose second step has the whole row's keys, gathered slot by slot."""
     count = torch.zeros(plan.length, plan.length, dtype=torch.long)
-    mine, everyone = tokens_of(plan.ring_ranges(ring_rank)), torch.arange(plan.length)
+    mine = tokens_of(plan.ring_ranges(ring_rank))
+    chunks = sorted(range(plan.length // plan.chunk), key=lambda chunk: layouts.gathered_place(plan, chunk))
+    everyone = tokens_of([(chunk * plan.chunk, (chunk + 1) * plan.chunk) for chunk in chunks])
     for found, theirs in zip(tiles.plan_gathered(plan, ring_rank, documents), (mine, everyone), strict=True):
         for tile in found:
             queries, keys = mine[tile.q_start : tile.q_end], theirs[tile.k_start : tile.k_end]
@@ -221,6 +223,14 @@ def test_the_first_step_is_one_causal_call_over_all_local_tokens(row: tuple[Layo
 def test_a_plan_has_one_entry_per_ring_step(row: tuple[Layout, tuple[int, ...]]) -> None:
     plan, documents = row
     assert [len(tiles.plan(plan, rank, documents)) for rank in range(plan.ring)] == [plan.ring] * plan.ring
+
+
+@pytest.mark.parametrize("ring", [2, 3, 8])
+def test_gathered_keys_of_one_document_are_one_tile_a_chunk(ring: int) -> None:
+    plan, documents = one_document("zigzag", 16 * ring, ring, 1)
+    for rank in range(ring):
+        found = tiles.plan_gathered(plan, rank, documents)[1]
+        assert len(found) == (2 if rank else 1)  # nothing stands before the row's first chunk
 
 
 def test_neighbouring_rectangles_with_the_same_keys_become_one() -> None:

@@ -15,7 +15,11 @@ from ds_cp.tiles import Tile
 
 
 class Kernel(Protocol):
-    """What a kernel module offers. It gets slices, so of the tile it reads only `documents`."""
+    """What a kernel module offers. It gets slices, so of the tile it reads only its documents and lengths.
+
+    One that sums dq over tiles itself also has `accumulate`, with the arguments of `backward`, which gives an `Accumulator` for all
+    rectangles of these queries, or None where it cannot.
+    """
 
     @staticmethod
     def unsupported(q_TNH: Tensor, k_SMH: Tensor, v_SMH: Tensor, tile: Tile) -> str | None:
@@ -37,6 +41,19 @@ class Kernel(Protocol):
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(dq, dk, dv) of this tile, given the merged out and lse of the whole row of scores."""
+
+
+class Accumulator(Protocol):
+    """The backward of several rectangles that share their queries, where a kernel can sum dq itself."""
+
+    def takes(self, k_SMH: Tensor) -> bool:
+        """Whether `backward` can be called with these keys; if not, the kernel's own backward computes the tile."""
+
+    def backward(self, k_SMH: Tensor, v_SMH: Tensor) -> tuple[Tensor, Tensor]:
+        """(dk, dv) of one rectangle."""
+
+    def dq(self) -> Tensor:
+        """The sum over all of them; once, at the end."""
 
 
 def names() -> list[str]:

@@ -6,7 +6,7 @@
 
 Documents go through varlen calls (cu_seqlens), a single document and rectangles through dense ones. lse is [1, N, T] or, varlen,
 [N, T]; fp32, natural log. Backward takes any (out, lse), so the merged ones. With torch.use_deterministic_algorithms the kernels'
-deterministic backward is used.
+deterministic backward is used. On Hopper, version 4's dense tiles are launched by `kernels.flash4_hopper`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ds_cp.kernels.attention import Accumulator
+from ds_cp.kernels.flash4_hopper import FEWEST_TOKENS, Launcher, Queries
 from ds_cp.tiles import Tile
 
 MAX_HEAD_SIZE = 256
@@ -125,8 +127,16 @@ def _newest() -> Version:
     raise ImportError("no flash-attn package; `pip install --pre flash-attn-4` brings wheels for Hopper and Blackwell")
 
 
+def _launcher() -> Launcher | None:
+    try:
+        return Launcher() if VERSION == 4 else None
+    except ImportError:  # a version that it was not tried with: the front end computes the same, somewhat slower
+        return None
+
+
 _version = _newest()
 VERSION = _version.NUMBER
+_hopper = _launcher()
 
 
 def unsupported(q_TNH: Tensor, k_SMH: Tensor, v_SMH: Tensor, tile: Tile) -> str | None:
@@ -149,6 +159,9 @@ def unsupported(q_TNH: Tensor, k_SMH: Tensor, v_SMH: Tensor, tile: Tile) -> str 
 
 def forward(q_TNH: Tensor, k_SMH: Tensor, v_SMH: Tensor, tile: Tile, scale: float) -> tuple[Tensor, Tensor]:
     cum, longest = _documents(q_TNH, tile)
+    if cum is None and _launchable(q_TNH, k_SMH):
+        out, lse_NT = _hopper.forward(q_TNH, k_SMH, v_SMH, tile.causal, scale)
+        return out, lse_NT.transpose(0, 1)
     q, k, v = _batched(cum, q_TNH, k_SMH, v_SMH)
     out, lse = _version.forward(q, k, v, cum, longest, tile.causal, scale)
     return (out[0], lse[0].transpose(0, 1)) if cum is None else (out, lse.transpose(0, 1))
@@ -169,6 +182,28 @@ def backward(
     lse = lse_TN.transpose(0, 1) if cum is not None else lse_TN.transpose(0, 1).unsqueeze(0)
     dq, dk, dv = _version.backward(dout, q, k, v, out, lse, cum, longest, tile.causal, scale)
     return (dq[0], dk[0], dv[0]) if cum is None else (dq, dk, dv)
+
+
+def accumulate(
+    dout_TNH: Tensor,
+    q_TNH: Tensor,
+    k_SMH: Tensor,
+    v_SMH: Tensor,
+    out_TNH: Tensor,
+    lse_TN: Tensor,
+    tile: Tile,
+    scale: float,
+) -> Accumulator | None:
+    """None where flash4_hopper does not go."""
+    if tile.causal or not _launchable(q_TNH, q_TNH) or torch.are_deterministic_algorithms_enabled():
+        return None
+    return Queries(_hopper, dout_TNH, q_TNH, out_TNH, lse_TN, scale)
+
+
+def _launchable(q_TNH: Tensor, k_SMH: Tensor) -> bool:
+    if _hopper is None or min(len(q_TNH), len(k_SMH)) < FEWEST_TOKENS or q_TNH.stride(-1) != 1:
+        return False
+    return torch.cuda.get_device_capability(q_TNH.device)[0] == 9
 
 
 def _documents(q: Tensor, tile: Tile) -> tuple[Tensor | None, int]:
