@@ -100,9 +100,7 @@ def ring(
         out = RingAttention.forward(ctx, *(x[index[rank]] for x in (q, k, v)), context, scale)
         return out, *RingAttention.backward(ctx, dout[index[rank]])[:3]
 
-    merge_(
-        *(torch.zeros(1, *tail, device=q.device) for tail in ((1, q.shape[2]), (1,), (1, q.shape[2]), (1,)))
-    )  # compiled by one thread
+    _compile(kernel, dout, q, k, v, scale)
     with ThreadPoolExecutor(size) as threads, torch.no_grad():
         parts = list(threads.map(one, ranks))
     whole = {}
@@ -110,3 +108,16 @@ def ring(
         gathered = torch.cat([part[position] for part in parts])
         whole[name] = torch.empty_like(gathered).index_copy_(0, torch.cat(index), gathered)
     return whole
+
+
+def _compile(kernel: ModuleType, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
+    """Calls once, on one thread, what compiles at its first call."""
+    half = len(q) // 2
+    tile = tiles.Tile(0, half, 0, len(k))
+    out, lse = kernel.forward(q[:half], k, v, tile, scale)
+    given = dout[:half], q[:half], k, v, out, lse, tile, scale
+    kernel.backward(*given)
+    if hasattr(kernel, "accumulate") and (sums := kernel.accumulate(*given)) is not None:
+        sums.backward(k, v)
+        sums.dq()
+    merge_(out.float(), lse, out, lse)
