@@ -78,7 +78,8 @@ class _Pull:
         self._dq: Tensor | None = None
         self._sums: dict[tuple[int, int], Accumulator | None] = {}
 
-    def tile(self, block: Block, tile: Tile) -> tuple[Tensor, Tensor]:
+    def tile(self, block: Block, tile: Tile) -> Block:
+        """(dk, dv) of one tile."""
         q, k, v = _slices(self._q, block, tile)
         part = slice(tile.q_start, tile.q_end)
         given = self._dout[part], q, k, v, self._out[part], self._lse[part], tile, self._scale
@@ -113,16 +114,16 @@ def _backward_hops(pull: _Pull, k: Tensor, v: Tensor, context: SequenceContext) 
     hop = None
     dkv = spare = torch.empty(0)
     for block, tiles in _blocks(k, v, context):
-        parts = [(tile, *pull.tile(block, tile)) for tile in tiles]
+        parts = [(tile, pull.tile(block, tile)) for tile in tiles]
         if hop is None:  # step 0: one tile over all own keys
-            [(_, dk, dv)] = parts
+            [(_, (dk, dv))] = parts
             dkv = torch.empty((2, *k.shape), dtype=pull.work, device=k.device)
             dkv[0], dkv[1] = dk, dv
             spare = torch.empty_like(dkv)
         else:
             dkv, spare = hop.wait(), dkv
-            for tile, dk, dv in parts:
-                _add(dkv, tile, dk, dv)
+            for tile, part in parts:
+                _add(dkv, tile, part)
         hop = _post(dkv, spare, context, "gradient")
     return hop.wait()
 
@@ -133,7 +134,7 @@ def _backward_gathered(pull: _Pull, k: Tensor, v: Tensor, context: SequenceConte
     dkv[0], dkv[1] = pull.tile(own, own_tile)
     drow = torch.zeros_like(row, dtype=pull.work)
     for tile in tiles:
-        _add(drow, tile, *pull.tile(row, tile))
+        _add(drow, tile, pull.tile(row, tile))
     home = comm.reduce_scatter(_by_slot(drow, context), context.mesh.ring.group)
     for mine, theirs in zip(_own_slots(dkv, context), home, strict=True):
         mine += theirs
@@ -172,10 +173,13 @@ def _slices(q: Tensor, block: Block, tile: Tile) -> tuple[Tensor, Tensor, Tensor
     return q[tile.q_start : tile.q_end], k[tile.k_start : tile.k_end], v[tile.k_start : tile.k_end]
 
 
-def _add(dkv: Tensor, tile: Tile, dk: Tensor, dv: Tensor) -> None:
+def _add(dkv: Tensor, tile: Tile, part: Block) -> None:
     keys = slice(tile.k_start, tile.k_end)
-    dkv[0, keys] += dk
-    dkv[1, keys] += dv
+    if isinstance(part, Tensor):
+        dkv[:, keys] += part
+    else:
+        dkv[0, keys] += part[0]
+        dkv[1, keys] += part[1]
 
 
 def _own_slots(block: Tensor, context: SequenceContext) -> list[Tensor]:

@@ -25,7 +25,7 @@ PICOSECONDS_SAVED: Mapping[int, tuple[float, float]] = {64: (0.9e-3, 0.7e-3), 12
 """By head size (the next larger counts): forward, backward picoseconds a FLOP that cuDNN is faster than torch_flash."""
 
 SMALL_FLOPS = 8e9
-"""Forward FLOPs of a tile below which torch_flash is faster than flash-attn 4."""
+"""Forward FLOPs of a tile below which torch_flash is faster than flash-attn's front end (not than what flash4_hopper launches)."""
 
 
 def flops(q_TNH: Tensor, tile: Tile) -> float:
@@ -74,14 +74,16 @@ class Auto:
         tile: Tile,
         scale: float,
     ) -> Accumulator | None:
-        kernel = self.choose(q_TNH, k_SMH, v_SMH, tile, 1)
-        accumulate = getattr(kernel, "accumulate", None)
+        accumulate = getattr(self.large, "accumulate", None)
         return accumulate(dout_TNH, q_TNH, k_SMH, v_SMH, out_TNH, lse_TN, tile, scale) if accumulate else None
 
     def choose(self, q: Tensor, k: Tensor, v: Tensor, tile: Tile, direction: int) -> Kernel:
         """The kernel of one call; direction 0 is forward, 1 backward."""
         work = flops(q, tile)
-        pays = self._earned(q, k, tile, direction, work) if self._plans else work >= SMALL_FLOPS
+        if self._plans:
+            pays = self._earned(q, k, tile, direction, work)
+        else:
+            pays = work >= SMALL_FLOPS or (direction == 0 and self.large.launched(tile))
         return self.large if pays and self.large.unsupported(q, k, v, tile) is None else self.plain
 
     def _earned(self, q: Tensor, k: Tensor, tile: Tile, direction: int, work: float) -> bool:

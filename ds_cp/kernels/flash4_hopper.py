@@ -10,7 +10,7 @@ backward begins and ends for every tile what a ring needs once for all tiles of 
 Dense tiles only: rectangles, and in forward one causal document. What is used here is private to the package, so `Launcher` refuses
 versions that it was not tried with; its caller then goes through the front end.
 
-Shapes: T query tokens, S key tokens, N query heads, M key/value heads, H head size.
+Shapes: B sequences, T query tokens, S key tokens, N query heads, M key/value heads, H head size.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ class Launcher:
         self._rest = (*[None] * 9, utils.AuxData(None, None), None, None)
         self._compiled: dict[tuple, Any] = {}
 
-    def forward(self, q_TNH: Tensor, k_SMH: Tensor, v_SMH: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-        """(out [T, N, H], lse [N, T])."""
-        tokens, heads, size = q_TNH.shape
-        out = q_TNH.new_empty((1, tokens, heads, size))
-        lse = q_TNH.new_empty((1, heads, tokens), dtype=torch.float32)
-        tensors = (q_TNH.unsqueeze(0), k_SMH.unsqueeze(0), v_SMH.unsqueeze(0), out, lse)
-        key = (causal, q_TNH.dtype, size, heads // k_SMH.shape[1])
+    def forward(self, q_BTNH: Tensor, k_BSMH: Tensor, v_BSMH: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        """(out [B, T, N, H], lse [B, N, T])."""
+        batch, tokens, heads, size = q_BTNH.shape
+        out = q_BTNH.new_empty(q_BTNH.shape)
+        lse = q_BTNH.new_empty((batch, heads, tokens), dtype=torch.float32)
+        tensors = (q_BTNH, k_BSMH, v_BSMH, out, lse)
+        key = (causal, q_BTNH.dtype, size, heads // k_BSMH.shape[2])
         run = self._compiled.get(key) or self._compile(key, self._forward_of(key), tensors, scale)
         run(*tensors, scale, *self._rest)
-        return out.squeeze(0), lse.squeeze(0)
+        return out, lse
 
     def backward(self, tensors: tuple[Tensor, ...], scale: float) -> None:
         """Fills (dk, dv) and adds to dq_sum, of (q, k, v, dout, lse_log2, delta, dq_sum, dk, dv), for a rectangle."""
@@ -155,10 +155,11 @@ class Queries:
     def takes(k_SMH: Tensor) -> bool:
         return len(k_SMH) >= FEWEST_TOKENS
 
-    def backward(self, k_SMH: Tensor, v_SMH: Tensor) -> tuple[Tensor, Tensor]:
-        """(dk, dv) of one rectangle; its dq is added to the sum."""
+    def backward(self, k_SMH: Tensor, v_SMH: Tensor) -> Tensor:
+        """(dk, dv) [2, S, M, H] of one rectangle; its dq is added to the sum."""
         k, v = k_SMH.unsqueeze(0), v_SMH.unsqueeze(0)
-        dk, dv = (x.new_empty(x.shape) for x in (k, v))
+        dkv = k_SMH.new_empty((2, 1, *k_SMH.shape))
+        dk, dv = dkv.unbind(0)
         shared = k.shape[2] != self._q.shape[2]  # query heads add into their key/value head in fp32
         into = self._sums(k) if shared else (dk, dv)
         self._launcher.backward((self._q, k, v, self._dout, self._lse_log2, self._delta, self._dq_sum, *into), self._scale)
@@ -166,7 +167,7 @@ class Queries:
             plan = self._plan
             self._finish(into[0], dk, self._scale, plan.n_block_size, plan.AtomLayoutNdKV, plan.dKV_swapAB, plan.num_wg * 128)
             self._finish(into[1], dv, 1.0, plan.n_block_size, plan.AtomLayoutNdKV, plan.dKV_swapAB, plan.num_wg * 128)
-        return dk.squeeze(0), dv.squeeze(0)
+        return dkv.squeeze(1)
 
     def dq(self) -> Tensor:
         """[T, N, H], q's dtype."""

@@ -1,4 +1,5 @@
-"""All ranks of a ring in one process: NCCL puts no two ranks on one GPU, so each rank is a thread and a hop is a queue.
+"""All ranks of a ring in one process: NCCL puts no two ranks on one GPU, so each rank is a thread and a hop is a queue. One thread
+runs at a time and hands over where it waits: compilers of kernels are not made for several.
 
 What runs is `ds_cp.ring.RingAttention` itself, forward and backward, called directly: autograd has one thread per device, in
 which ranks that wait for each other would block.
@@ -8,8 +9,9 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -17,7 +19,6 @@ import torch
 from torch import Tensor
 
 from ds_cp import comm, layout, tiles
-from ds_cp.kernels.merge import merge_
 from ds_cp.ring import RingAttention
 
 TIMEOUT_S = 60
@@ -29,16 +30,28 @@ class LocalRing:
     def __init__(self, size: int) -> None:
         self.queues = {(rank, what): queue.Queue() for rank in range(size) for what in ("key/value", "gradient")}
         self.rank_here = threading.local()
+        self.turn = threading.Lock()
         self._board: dict[tuple[str, int], Sequence[Tensor]] = {}
         self._posted, self._read = threading.Barrier(size), threading.Barrier(size)
 
     def swap(self, what: str, x: Sequence[Tensor]) -> list[Sequence[Tensor]]:
         """Everybody's tensors, in rank order."""
         self._board[what, self.rank_here.value] = x
-        self._posted.wait(TIMEOUT_S)
+        with self.others():
+            self._posted.wait(TIMEOUT_S)
         everyone = [self._board[what, rank] for rank in range(self._posted.parties)]
-        self._read.wait(TIMEOUT_S)
+        with self.others():
+            self._read.wait(TIMEOUT_S)
         return everyone
+
+    @contextmanager
+    def others(self) -> Iterator[None]:
+        """The other ranks' turn, while this one waits."""
+        self.turn.release()
+        try:
+            yield
+        finally:
+            self.turn.acquire()
 
 
 class LocalGather:
@@ -64,10 +77,12 @@ class LocalHop:
     def __init__(self, x: Tensor, received: Tensor, group: LocalRing, ranks: Sequence[int], rank: int, what: str) -> None:
         assert x.is_contiguous()
         group.queues[(rank + 1) % len(ranks), what].put(x.clone())
-        self._mine, self._received = group.queues[rank, what], received
+        self._mine, self._received, self._group = group.queues[rank, what], received, group
 
     def wait(self) -> Tensor:
-        return self._received.copy_(self._mine.get(timeout=TIMEOUT_S))
+        with self._group.others():
+            theirs = self._mine.get(timeout=TIMEOUT_S)
+        return self._received.copy_(theirs)
 
 
 def ring(
@@ -97,10 +112,10 @@ def ring(
         mesh = SimpleNamespace(ring=SimpleNamespace(group=group, ranks=ranks, rank=rank, size=size))
         steps = (tiles.plan_gathered if gathered else tiles.plan)(plan, rank, documents)
         context = SimpleNamespace(kernel=kernel, tiles=steps, gathered=gathered, layout=plan, mesh=mesh)
-        out = RingAttention.forward(ctx, *(x[index[rank]] for x in (q, k, v)), context, scale)
-        return out, *RingAttention.backward(ctx, dout[index[rank]])[:3]
+        with group.turn:
+            out = RingAttention.forward(ctx, *(x[index[rank]] for x in (q, k, v)), context, scale)
+            return out, *RingAttention.backward(ctx, dout[index[rank]])[:3]
 
-    _compile(kernel, dout, q, k, v, scale)
     with ThreadPoolExecutor(size) as threads, torch.no_grad():
         parts = list(threads.map(one, ranks))
     whole = {}
@@ -108,16 +123,3 @@ def ring(
         gathered = torch.cat([part[position] for part in parts])
         whole[name] = torch.empty_like(gathered).index_copy_(0, torch.cat(index), gathered)
     return whole
-
-
-def _compile(kernel: ModuleType, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
-    """Calls once, on one thread, what compiles at its first call."""
-    half = len(q) // 2
-    tile = tiles.Tile(0, half, 0, len(k))
-    out, lse = kernel.forward(q[:half], k, v, tile, scale)
-    given = dout[:half], q[:half], k, v, out, lse, tile, scale
-    kernel.backward(*given)
-    if hasattr(kernel, "accumulate") and (sums := kernel.accumulate(*given)) is not None:
-        sums.backward(k, v)
-        sums.dq()
-    merge_(out.float(), lse, out, lse)

@@ -49,8 +49,8 @@ class Accumulator(Protocol):
     def takes(self, k_SMH: Tensor) -> bool:
         """Whether `backward` can be called with these keys; if not, the kernel's own backward computes the tile."""
 
-    def backward(self, k_SMH: Tensor, v_SMH: Tensor) -> tuple[Tensor, Tensor]:
-        """(dk, dv) of one rectangle."""
+    def backward(self, k_SMH: Tensor, v_SMH: Tensor) -> Tensor:
+        """(dk, dv) of one rectangle, [2, S, M, H]."""
 
     def dq(self) -> Tensor:
         """The sum over all of them; once, at the end."""

@@ -4,9 +4,10 @@
     3  the `hopper` folder, built from source  \\  called by the signatures of the released sources (2.8.3 and its
     2  pip install flash-attn                  /  hopper folder); not tried on a GPU here
 
-Documents go through varlen calls (cu_seqlens), a single document and rectangles through dense ones. lse is [1, N, T] or, varlen,
-[N, T]; fp32, natural log. Backward takes any (out, lse), so the merged ones. With torch.use_deterministic_algorithms the kernels'
-deterministic backward is used. On Hopper, version 4's dense tiles are launched by `kernels.flash4_hopper`.
+Documents go through varlen calls (cu_seqlens); rectangles, a single document and documents of one length through dense ones. lse is
+[B, N, T] or, varlen, [N, T]; fp32, natural log. Backward takes any (out, lse), so the merged ones. With
+torch.use_deterministic_algorithms the kernels' deterministic backward is used. On Hopper, version 4's dense tiles are launched by
+`kernels.flash4_hopper`.
 """
 
 from __future__ import annotations
@@ -159,12 +160,12 @@ def unsupported(q_TNH: Tensor, k_SMH: Tensor, v_SMH: Tensor, tile: Tile) -> str 
 
 def forward(q_TNH: Tensor, k_SMH: Tensor, v_SMH: Tensor, tile: Tile, scale: float) -> tuple[Tensor, Tensor]:
     cum, longest = _documents(q_TNH, tile)
-    if cum is None and _launchable(q_TNH, k_SMH):
-        out, lse_NT = _hopper.forward(q_TNH, k_SMH, v_SMH, tile.causal, scale)
-        return out, lse_NT.transpose(0, 1)
-    q, k, v = _batched(cum, q_TNH, k_SMH, v_SMH)
-    out, lse = _version.forward(q, k, v, cum, longest, tile.causal, scale)
-    return (out[0], lse[0].transpose(0, 1)) if cum is None else (out, lse.transpose(0, 1))
+    q, k, v = _batched(tile, cum, q_TNH, k_SMH, v_SMH)
+    if cum is None and _launchable(q, k):
+        out, lse = _hopper.forward(q, k, v, tile.causal, scale)
+    else:
+        out, lse = _version.forward(q, k, v, cum, longest, tile.causal, scale)
+    return (out, lse.transpose(0, 1)) if cum is not None else (out.flatten(0, 1), _flat_lse(lse).transpose(0, 1))
 
 
 def backward(
@@ -178,10 +179,13 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     cum, longest = _documents(q_TNH, tile)
-    dout, q, k, v, out = _batched(cum, dout_TNH, q_TNH, k_SMH, v_SMH, out_TNH)
-    lse = lse_TN.transpose(0, 1) if cum is not None else lse_TN.transpose(0, 1).unsqueeze(0)
+    dout, q, k, v, out = _batched(tile, cum, dout_TNH, q_TNH, k_SMH, v_SMH, out_TNH)
+    lse = lse_TN.transpose(0, 1)
+    if cum is not None:
+        return _version.backward(dout, q, k, v, out, lse, cum, longest, tile.causal, scale)
+    lse = lse.unflatten(1, (q.shape[0], -1)).transpose(0, 1)
     dq, dk, dv = _version.backward(dout, q, k, v, out, lse, cum, longest, tile.causal, scale)
-    return (dq[0], dk[0], dv[0]) if cum is None else (dq, dk, dv)
+    return dq.flatten(0, 1), dk.flatten(0, 1), dv.flatten(0, 1)
 
 
 def accumulate(
@@ -195,28 +199,46 @@ def accumulate(
     scale: float,
 ) -> Accumulator | None:
     """None where flash4_hopper does not go."""
-    if tile.causal or not _launchable(q_TNH, q_TNH) or torch.are_deterministic_algorithms_enabled():
+    if tile.causal or not _launchable(q_TNH.unsqueeze(0), q_TNH.unsqueeze(0)) or torch.are_deterministic_algorithms_enabled():
         return None
     return Queries(_hopper, dout_TNH, q_TNH, out_TNH, lse_TN, scale)
 
 
-def _launchable(q_TNH: Tensor, k_SMH: Tensor) -> bool:
-    if _hopper is None or min(len(q_TNH), len(k_SMH)) < FEWEST_TOKENS or q_TNH.stride(-1) != 1:
+def launched(tile: Tile) -> bool:
+    """Whether the forward of a tile of ordinary size goes past the package's front end."""
+    return _hopper is not None and _dense(tile)
+
+
+def _launchable(q_BTNH: Tensor, k_BSMH: Tensor) -> bool:
+    if _hopper is None or min(q_BTNH.shape[1], k_BSMH.shape[1]) < FEWEST_TOKENS or q_BTNH.stride(-1) != 1:
         return False
-    return torch.cuda.get_device_capability(q_TNH.device)[0] == 9
+    return torch.cuda.get_device_capability(q_BTNH.device)[0] == 9
 
 
 def _documents(q: Tensor, tile: Tile) -> tuple[Tensor | None, int]:
     """cu_seqlens of a varlen call (those of the batch where it brought them), None for a dense one; the longest document."""
-    if tile.documents is None or len(tile.documents) == 2:
+    if _dense(tile):
         return None, 0
     if tile.cu_seqlens is not None:
         return tile.cu_seqlens, tile.longest
     return torch.tensor(tile.documents, dtype=torch.int32, device=q.device), tile.longest
 
 
-def _batched(cum: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
-    return tuple(x.unsqueeze(0) for x in tensors) if cum is None else tensors
+def _dense(tile: Tile) -> bool:
+    """A rectangle, one document, or several of one length, which are a batch."""
+    return tile.documents is None or tile.longest * (len(tile.documents) - 1) == tile.documents[-1]
+
+
+def _batched(tile: Tile, cum: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """[T, N, H] for a varlen call, [B, T, N, H] for a dense one."""
+    if cum is not None:
+        return tensors
+    return tuple(x.unflatten(0, (1 if tile.documents is None else len(tile.documents) - 1, -1)) for x in tensors)
+
+
+def _flat_lse(lse_BNT: Tensor) -> Tensor:
+    """[N, B * T]; a view where there is one sequence."""
+    return lse_BNT.transpose(0, 1).flatten(1)
 
 
 def _lengths(cum: Tensor | None, longest: int) -> dict[str, Any]:
