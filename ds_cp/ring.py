@@ -26,7 +26,7 @@ from torch import Tensor
 from ds_cp import comm
 from ds_cp.batch import SequenceContext
 from ds_cp.kernels.attention import Accumulator
-from ds_cp.kernels.merge import merge_
+from ds_cp.kernels.merge import AT_ONCE, merge_, total
 from ds_cp.tiles import Tile
 
 Block = Tensor | tuple[Tensor, Tensor]
@@ -42,16 +42,11 @@ class RingAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q_SNH: Tensor, k_SMH: Tensor, v_SMH: Tensor, context: SequenceContext, scale: float) -> Tensor:
-        out = lse = None
+        push = _Push(q_SNH, context, scale)
         for block, tiles in _blocks(k_SMH, v_SMH, context):
             for tile in tiles:
-                tile_out, tile_lse = context.kernel.forward(*_slices(q_SNH, block, tile), tile, scale)
-                if out is None:  # step 0 covers every query: its result starts the running one
-                    out, lse = (tile_out if len(context.tiles) == 1 else tile_out.to(tile_lse.dtype)), tile_lse
-                else:
-                    part = slice(tile.q_start, tile.q_end)
-                    merge_(out[part], lse[part], tile_out, tile_lse)
-        out = out.to(q_SNH.dtype)
+                push.tile(block, tile)
+        out, lse = push.result()
         ctx.save_for_backward(q_SNH, k_SMH, v_SMH, out, lse)
         ctx.context, ctx.scale = context, scale
         return out
@@ -66,6 +61,46 @@ class RingAttention(torch.autograd.Function):
         pull = _Pull(dout_SNH.contiguous(), q, out, lse, context, ctx.scale)
         dkv = (_backward_gathered if context.gathered else _backward_hops)(pull, k, v, context)
         return pull.dq(), dkv[0].to(k.dtype), dkv[1].to(v.dtype), None, None
+
+
+class _Push:
+    """The forward of tiles, merged in fp32. The first tile must cover every query."""
+
+    def __init__(self, q: Tensor, context: SequenceContext, scale: float) -> None:
+        self._q, self._kernel, self._scale = q, context.kernel, scale
+        self._out: Tensor | None = None
+        self._lse: Tensor | None = None
+        self._span = (0, 0)
+        self._waiting: list[tuple[Tensor, Tensor]] = []  # results for the queries of `_span`, to be merged at once
+
+    def tile(self, block: Block, tile: Tile) -> None:
+        out, lse = self._kernel.forward(*_slices(self._q, block, tile), tile, self._scale)
+        if self._out is None:
+            self._out, self._lse = out, lse
+            return
+        span = tile.q_start, tile.q_end
+        if span != self._span or len(self._waiting) == AT_ONCE:
+            self._merge()
+        self._span = span
+        self._waiting.append((out, lse))
+
+    def _merge(self) -> None:
+        if not self._waiting:
+            return
+        part, into, work = slice(*self._span), None, self._lse.dtype
+        whole = self._span == (0, len(self._q))
+        if self._out.dtype != work and whole:
+            into = torch.empty_like(self._out, dtype=work)
+        elif self._out.dtype != work:
+            self._out = self._out.to(work)
+        merge_(self._out[part], self._lse[part], self._waiting, into)
+        self._out = self._out if into is None else into
+        self._waiting = []
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """(out in q's dtype, lse)."""
+        self._merge()
+        return self._out.to(self._q.dtype), self._lse
 
 
 class _Pull:
@@ -88,8 +123,9 @@ class _Pull:
             return sums.backward(k, v)
         dq, dk, dv = self._kernel.backward(*given)
         if self._dq is None:
-            self._dq = dq.to(self.work)
+            self._dq = dq
         else:
+            self._dq = self._dq.to(self.work)
             self._dq[part] += dq
         return dk, dv
 
@@ -102,11 +138,10 @@ class _Pull:
         return self._sums[span]
 
     def dq(self) -> Tensor:
+        """In q's dtype; once, at the end."""
         assert self._dq is not None
-        for (start, end), sums in self._sums.items():
-            if sums is not None:
-                self._dq[start:end] += sums.dq()
-        return self._dq.to(self._q.dtype)
+        parts = [(start, sums.dq()) for (start, _), sums in self._sums.items() if sums is not None]
+        return total(self._dq, parts, self._q.dtype)
 
 
 def _backward_hops(pull: _Pull, k: Tensor, v: Tensor, context: SequenceContext) -> Tensor:

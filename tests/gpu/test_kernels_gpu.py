@@ -87,6 +87,9 @@ def error(found: Tensor, wanted: Tensor) -> float:
 def test_a_kernel_is_within_twice_the_error_of_plain_bf16(name: str, tile: Tile, size: int, heads: tuple[int, int]) -> None:
     kernel, scale = attention.load(name), size**-0.5
     tensors = inputs(tile.q_end, tile.k_end, heads, size)
+    if (name, size) == ("flash_attn", 80):
+        assert "dq is wrong" in kernel.unsupported(*tensors[1:], tile)
+        return
     assert kernel.unsupported(*tensors[1:], tile) is None
     wanted, plain = exact(*tensors, tile, scale), in_plain_bf16(*tensors, tile, scale)
     found = computed(kernel, *tensors, tile, scale)
@@ -114,7 +117,7 @@ def test_the_ring_is_within_twice_the_error_of_one_kernel(
 
 
 @pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
-@pytest.mark.parametrize("size", HEAD_SIZES)
+@pytest.mark.parametrize("size", [size for size in HEAD_SIZES if size != 80])
 @pytest.mark.parametrize("name", [name for name in KERNELS if hasattr(attention.load(name), "accumulate")])
 def test_dq_summed_over_tiles_is_within_twice_the_error_of_plain_bf16(name: str, size: int, heads: tuple[int, int]) -> None:
     kernel, scale, tile = attention.load(name), size**-0.5, Tile(0, 700, 0, 1500)
@@ -129,7 +132,7 @@ def test_dq_summed_over_tiles_is_within_twice_the_error_of_plain_bf16(name: str,
         assert error(value, wanted[part]) <= 2 * error(plain[part], wanted[part]) + 1e-6, part
 
 
-@pytest.mark.parametrize("size", [80, 128])
+@pytest.mark.parametrize("size", [96, 128])
 @pytest.mark.parametrize("name", KERNELS)
 def test_deterministic_algorithms_give_the_same_bits_twice(name: str, size: int) -> None:
     kernel, tile = attention.load(name), causal(700, 1500)
@@ -143,23 +146,36 @@ def test_deterministic_algorithms_give_the_same_bits_twice(name: str, size: int)
         assert torch.equal(value, twice[part]), part
 
 
-@pytest.mark.parametrize("block_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("low", [False, True], ids=["running fp32", "running bf16"])
+@pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("size", [64, 80, 192])
-def test_the_fused_merge_is_the_reference(size: int, block_dtype: torch.dtype) -> None:
+def test_the_fused_merge_is_the_reference(size: int, count: int, low: bool) -> None:
     generator = torch.Generator(device="cuda").manual_seed(size)
-    wide = torch.randn(2, 333, 7, size, device="cuda", generator=generator)
-    scores = 20 * torch.randn(2, 7, 333, device="cuda", generator=generator)
+    wide = torch.randn(3, 333, 7, size, device="cuda", generator=generator)
+    scores = 20 * torch.randn(3, 7, 333, device="cuda", generator=generator)
     scores[1, 0, :50] = float("-inf")  # a block without a key for these queries
-    out, block_out = wide[0][5:300, 1:6], wide[1].to(block_dtype)[5:300, 1:6]
-    lse, block_lse = (x[1:6, 5:300].transpose(0, 1) for x in scores)
-    wanted, wanted_lse = out.double(), lse.double()
-    merge.merge_reference_(wanted, wanted_lse, block_out.double(), block_lse.double())
+    outs, lses = [x[5:300, 1:6] for x in wide], [x[1:6, 5:300].transpose(0, 1) for x in scores]
+    running = outs[0].to(DTYPE) if low else outs[0]
+    blocks = [(out.to(DTYPE), lse) for out, lse in zip(outs[1:], lses[1:], strict=True)][:count]
+    wanted, wanted_lse = torch.empty_like(running, dtype=torch.float64), lses[0].double()
+    merge.merge_reference_(running.double(), wanted_lse, [(out.double(), lse.double()) for out, lse in blocks], wanted)
     before = wide[0].clone()
-    merge.merge_(out, lse, block_out, block_lse)
-    torch.testing.assert_close(out.double(), wanted, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(lse.double(), wanted_lse, rtol=1e-6, atol=1e-6)
-    before[5:300, 1:6] = out
+    into = torch.empty_like(running, dtype=torch.float32) if low else None
+    merge.merge_(running, lses[0], blocks, into)
+    found = running if into is None else into
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(lses[0].double(), wanted_lse, rtol=1e-6, atol=1e-6)
+    before[5:300, 1:6] = before[5:300, 1:6] if low else running
     assert torch.equal(before, wide[0]), "wrote outside the slice"
+
+
+@pytest.mark.parametrize("spans", [[(0, 300)], [(0, 300), (150, 300)], [(20, 90), (150, 211)]], ids=str)
+def test_the_fused_total_is_the_reference(spans: list[tuple[int, int]]) -> None:
+    generator = torch.Generator(device="cuda").manual_seed(3)
+    base = torch.randn(300, 7, 80, device="cuda", generator=generator).to(DTYPE)[:, 1:6]
+    parts = [(a, torch.randn(b - a, 5, 80, device="cuda", generator=generator).to(DTYPE)) for a, b in spans]
+    wanted = merge.total(base.cpu(), [(a, part.cpu()) for a, part in parts], torch.float32)
+    assert torch.equal(merge.total(base, parts, torch.float32).cpu(), wanted)
 
 
 def test_unsupported_gives_the_reason_and_the_way_out() -> None:

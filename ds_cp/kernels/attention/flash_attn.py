@@ -153,6 +153,8 @@ def unsupported(q_TNH: Tensor, k_SMH: Tensor, v_SMH: Tensor, tile: Tile) -> str 
         return f"query, key and value heads must have one size, got {size}, {k_SMH.shape[-1]}, {v_SMH.shape[-1]}"
     if size > MAX_HEAD_SIZE or size % 8:
         return f"head size must be a multiple of 8 up to {MAX_HEAD_SIZE}, got {size}"
+    if VERSION == 4 and capability == 9 and size <= 128 and -(-size // 16) % 2:
+        return f"flash-attn 4's dq is wrong on Hopper for head sizes like {size}, that fill an odd number of 16s; use torch_flash"
     if VERSION == 4 and capability in (10, 11) and size > 128 and size != 256:
         return f"flash-attn 4 on Blackwell takes head sizes up to 128 and 256, got {size}; use torch_flash"
     return None
