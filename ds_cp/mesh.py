@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import datetime
+import gc
 import math
 import os
 from dataclasses import dataclass
@@ -62,6 +63,7 @@ def _end_gloo() -> None:
     """Joins gloo's threads before the interpreter ends: one that then asks for the GIL aborts a run that had succeeded."""
     if dist.is_initialized() and dist.get_backend() == "gloo":
         dist.destroy_process_group()
+    gc.collect()  # an engine in a reference cycle still holds groups, whose threads end with them
 
 
 def local_world_size() -> int:

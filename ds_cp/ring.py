@@ -18,6 +18,7 @@ Shapes: S tokens of the ring rank, N query heads, M key/value heads, H head size
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 import torch
@@ -111,23 +112,27 @@ class _Pull:
         self._kernel, self._scale = context.kernel, scale
         self.work = torch.float64 if q.dtype == torch.float64 else torch.float32
         self._dq: Tensor | None = None
+        self._parts: list[tuple[int, Tensor]] = []
         self._sums: dict[tuple[int, int], Accumulator | None] = {}
+        self._left = Counter((tile.q_start, tile.q_end) for tiles in context.tiles[1:] for tile in tiles)
 
     def tile(self, block: Block, tile: Tile) -> Block:
         """(dk, dv) of one tile."""
         q, k, v = _slices(self._q, block, tile)
         part = slice(tile.q_start, tile.q_end)
         given = self._dout[part], q, k, v, self._out[part], self._lse[part], tile, self._scale
-        sums = None if self._dq is None else self._accumulator(tile, given)
-        if sums is not None and sums.takes(k):
-            return sums.backward(k, v)
-        dq, dk, dv = self._kernel.backward(*given)
         if self._dq is None:
-            self._dq = dq
+            self._dq, dk, dv = self._kernel.backward(*given)
+            return dk, dv
+        sums = self._accumulator(tile, given)
+        if sums is not None and sums.takes(k):
+            dkv = sums.backward(k, v)
         else:
             self._dq = self._dq.to(self.work)
+            dq, *dkv = self._kernel.backward(*given)
             self._dq[part] += dq
-        return dk, dv
+        self._finish(tile)
+        return dkv
 
     def _accumulator(self, tile: Tile, given: tuple) -> Accumulator | None:
         """Where the kernel sums dq itself: one for all tiles of the same queries."""
@@ -137,11 +142,18 @@ class _Pull:
             self._sums[span] = accumulate(*given) if accumulate else None
         return self._sums[span]
 
+    def _finish(self, tile: Tile) -> None:
+        """After the last tile of these queries their sum in fp32 gives way to dq in q's dtype."""
+        span = tile.q_start, tile.q_end
+        self._left[span] -= 1
+        if self._left[span] == 0 and (sums := self._sums.pop(span)) is not None:
+            self._parts.append((tile.q_start, sums.dq()))
+
     def dq(self) -> Tensor:
         """In q's dtype; once, at the end."""
         assert self._dq is not None
-        parts = [(start, sums.dq()) for (start, _), sums in self._sums.items() if sums is not None]
-        return total(self._dq, parts, self._q.dtype)
+        assert not self._sums
+        return total(self._dq, self._parts, self._q.dtype)
 
 
 def _backward_hops(pull: _Pull, k: Tensor, v: Tensor, context: SequenceContext) -> Tensor:

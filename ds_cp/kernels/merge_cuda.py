@@ -73,7 +73,6 @@ def _merge(
     if TWO:
         weight_b = tl.exp(b - high)
         total += weight_b
-    tl.store(lse + t * lse_t + n * lse_n, high + tl.log(total), inside)
 
     h = tl.arange(0, BLOCK_H)[None, :]
     both = inside[:, None] & (h < H)
@@ -81,6 +80,9 @@ def _merge(
     x += tl.load(a_out + (t * a_out_t + n * a_out_n)[:, None] + h, both, other=0.0).to(tl.float32) * weight_a[:, None]
     if TWO:
         x += tl.load(b_out + (t * b_out_t + n * b_out_n)[:, None] + h, both, other=0.0).to(tl.float32) * weight_b[:, None]
+    # In place: several threads read the same lse, and no store may come before the last of them has.
+    tl.debug_barrier()
+    tl.store(lse + t * lse_t + n * lse_n, high + tl.log(total), inside)
     tl.store(into + (t * into_t + n * into_n)[:, None] + h, x / total[:, None], both)
 
 
