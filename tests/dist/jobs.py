@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+import dataclasses
 import os
 import time
+from types import SimpleNamespace
+from typing import Any
 
 import deepspeed
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ds_cp
+from ds_cp import batch as batches
 from ds_cp import factor, mesh, selftest
+from ds_cp.attention import attend
 from ds_cp.batch import IGNORE, count_targets
+from ds_cp.kernels import attention as kernels
 from ds_cp.models import attach
+from ds_cp.topology import Topology
 
 
 def rows(count: int, length: int, vocab: int = 96, seed: int = 1) -> list[dict[str, Any]]:
@@ -246,3 +252,67 @@ def local_world_sizes(sizes: list[int]) -> int:
         return mesh.local_world_size()
     finally:
         os.environ["LOCAL_WORLD_SIZE"] = before
+
+
+def trace_of_a_ring(ulysses: int, ring: int) -> list[str]:
+    """Hops posted and attention kernels run by one layer's forward and backward, in the order of a profiler trace."""
+    names = {
+        "c10d::send": "hop",
+        "aten::_scaled_dot_product_flash_attention_for_cpu": "forward",
+        "aten::_scaled_dot_product_flash_attention_for_cpu_backward": "backward",
+    }
+    axes, context, tensors = _attention_inputs(ulysses, ring, "torch_cpu")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        attend(*tensors, context, 0.3).sum().backward()
+    mesh.destroy(axes)
+    events = sorted(profile.events(), key=lambda event: event.time_range.start)
+    return [names[event.name] for event in events if event.name in names]
+
+
+class Traffic(TorchDispatchMode):
+    """Elements that go through all-to-alls, and copies of tensors of more than a few elements."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.exchanged: list[int] = []
+        self.copies: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func.name().split("::")[1]
+        if name.startswith("alltoall_base"):
+            self.exchanged.append(args[1].numel())
+        elif name in ("cat", "stack", "clone", "copy_", "_to_copy", "index_select") and out.numel() > 64:
+            self.copies.append(name)
+        return out
+
+
+def traffic(ulysses: int, kv_heads: int) -> dict[str, Any]:
+    """What one attention call costs around its kernel, which here computes nothing."""
+
+    def forward(q: Any, k: Any, v: Any, tile: Any, scale: float) -> Any:
+        return torch.zeros_like(q, memory_format=torch.contiguous_format), q.new_zeros(q.shape[:2])
+
+    def backward(dout: Any, q: Any, k: Any, v: Any, *_: Any) -> Any:
+        return tuple(torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+
+    axes, context, tensors = _attention_inputs(ulysses, 1, "reference", kv_heads)
+    idle = SimpleNamespace(__name__="idle", unsupported=lambda *_: None, forward=forward, backward=backward)
+    context = dataclasses.replace(context, kernel=idle)
+    there, back = Traffic(), Traffic()
+    with there:
+        out = attend(*tensors, context, 0.3)
+    dout = torch.ones_like(out)
+    with back:
+        torch.autograd.grad(out, tensors, dout)  # not into .grad, which copies
+    mesh.destroy(axes)
+    return {"exchanged": (there.exchanged, back.exchanged), "copies": (there.copies, back.copies)}
+
+
+def _attention_inputs(ulysses: int, ring: int, kernel: str, kv_heads: int = 4) -> tuple[Any, Any, list[torch.Tensor]]:
+    """(mesh, context, q, k, v as HF hands them over) for 8 query heads of 16 and a row of 64 tokens."""
+    axes = mesh.build(Topology(ulysses=ulysses, ring=ring, data=1), timeout_s=60)
+    _, context = batches.prepare(rows(1, 64)[0], axes, kernels.load(kernel), "zigzag", torch.device("cpu"))
+    tokens = 64 // (ulysses * ring)
+    shapes = [(1, tokens, heads, 16) for heads in (8, kv_heads, kv_heads)]
+    return axes, context, [torch.randn(shape).transpose(1, 2).requires_grad_() for shape in shapes]
