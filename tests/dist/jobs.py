@@ -270,12 +270,12 @@ def trace_of_a_ring(ulysses: int, ring: int) -> list[str]:
 
 
 class Traffic(TorchDispatchMode):
-    """Elements that go through all-to-alls, and copies of tensors of more than a few elements."""
+    """Elements that go through each all-to-all, and elements of each tensor of more than a few that is copied."""
 
     def __init__(self) -> None:
         super().__init__()
         self.exchanged: list[int] = []
-        self.copies: list[str] = []
+        self.copied: list[int] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -283,7 +283,7 @@ class Traffic(TorchDispatchMode):
         if name.startswith("alltoall_base"):
             self.exchanged.append(args[1].numel())
         elif name in ("cat", "stack", "clone", "copy_", "_to_copy", "index_select") and out.numel() > 64:
-            self.copies.append(name)
+            self.copied.append(out.numel())
         return out
 
 
@@ -306,7 +306,7 @@ def traffic(ulysses: int, kv_heads: int) -> dict[str, Any]:
     with back:
         torch.autograd.grad(out, tensors, dout)  # not into .grad, which copies
     mesh.destroy(axes)
-    return {"exchanged": (there.exchanged, back.exchanged), "copies": (there.copies, back.copies)}
+    return {"exchanged": (there.exchanged, back.exchanged), "copied": (sum(there.copied), sum(back.copied))}
 
 
 def _attention_inputs(ulysses: int, ring: int, kernel: str, kv_heads: int = 4) -> tuple[Any, Any, list[torch.Tensor]]:
