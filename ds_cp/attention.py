@@ -8,8 +8,8 @@
 Ulysses: Jacobs et al., 2023. The middle line is `ring.RingAttention`.
 
 Copies of q, k, v that the all-to-all costs: one that packs them by receiving rank (heads of one rank lie apart in a token), none
-after it; of the output none before it and one that puts a token's heads side by side. In backward the same mirrored, and the gradients of
-q, k, v once more, to stand as q, k, v did.
+after it; of the output none before it and one that puts a token's heads side by side.
+In backward the same mirrored, and the gradients of q, k, v once more, to stand as q, k, v did.
 
 Shapes: T local tokens, S tokens of the ring rank (U * T), N query heads, M key/value heads, H head size; n, m heads per rank.
 """
