@@ -56,9 +56,8 @@ def _tokens_for_heads(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One all-to-all: all heads of the local tokens become this rank's heads of the ring rank's tokens."""
     tokens, _, size = q_TNH.shape
-    ranks, kv_heads = context.mesh.ulysses.size, k_TMH.shape[1]
-    groups = ranks if kv_heads % ranks == 0 else kv_heads  # ranks of a group share their key/value heads
-    parts = [_by_receiver(x, groups, ranks // groups) for x in (q_TNH, k_TMH, v_TMH)]
+    ranks = context.mesh.ulysses.size
+    parts = [_by_receiver(x, ranks // split.sharing, split.sharing) for x in (q_TNH, k_TMH, v_TMH)]
     packed = torch.cat(parts, dim=3).flatten(0, 1)
     mixed = comm.all_to_all(packed, context.mesh.ulysses.group)
     return mixed.view(ranks * tokens, -1, size).split((split.query, split.kv, split.kv), dim=1)

@@ -56,9 +56,8 @@ class HeadSplit:
 
     query: int
     kv: int
-    kv_source: tuple[int, ...]
-    """For every Ulysses rank in order, the indices of its key/value heads: `kv` entries a rank. A head that stands
-    here more than once is replicated to that many ranks, and its gradients are summed."""
+    sharing: int
+    """Neighbouring Ulysses ranks that get the same key/value heads, whose gradients are summed; 1 where there are enough."""
 
 
 def heads_illegal(ulysses: int, query_heads: int, kv_heads: int) -> str | None:
@@ -74,9 +73,8 @@ def split_heads(ulysses: int, query_heads: int, kv_heads: int) -> HeadSplit:
     """Heads of each Ulysses rank; with fewer key/value heads than ranks each one is given to several ranks."""
     reason = heads_illegal(ulysses, query_heads, kv_heads)
     assert reason is None, reason
-    kv = max(kv_heads // ulysses, 1)
-    source = tuple(rank * kv_heads // ulysses + i for rank in range(ulysses) for i in range(kv))
-    return HeadSplit(query=query_heads // ulysses, kv=kv, kv_source=source)
+    sharing = max(ulysses // kv_heads, 1)
+    return HeadSplit(query=query_heads // ulysses, kv=kv_heads * sharing // ulysses, sharing=sharing)
 
 
 def legal_ulysses(size: int, heads: list[tuple[int, int]]) -> list[int]:

@@ -40,8 +40,8 @@ class Auto:
 
     def __init__(self, large: Kernel, plain: Kernel, plans: bool) -> None:
         self.large, self.plain = large, plain
-        self._plans = plans  # `large` is cuDNN
-        self._saved: dict[tuple, float] = {}
+        self.plans = plans  # `large` is cuDNN
+        self.saved_seconds: dict[tuple, float] = {}  # by shape and direction: what a plan would have saved so far
 
     def unsupported(self, q_TNH: Tensor, k_SMH: Tensor, v_SMH: Tensor, tile: Tile) -> str | None:
         return self.plain.unsupported(q_TNH, k_SMH, v_SMH, tile)
@@ -75,12 +75,14 @@ class Auto:
         scale: float,
     ) -> Accumulator | None:
         accumulate = getattr(self.large, "accumulate", None)
+        if self.large.unsupported(q_TNH, k_SMH, v_SMH, tile) is not None:
+            return None
         return accumulate(dout_TNH, q_TNH, k_SMH, v_SMH, out_TNH, lse_TN, tile, scale) if accumulate else None
 
     def choose(self, q: Tensor, k: Tensor, v: Tensor, tile: Tile, direction: int) -> Kernel:
         """The kernel of one call; direction 0 is forward, 1 backward."""
         work = flops(q, tile)
-        if self._plans:
+        if self.plans:
             pays = self._earned(q, k, tile, direction, work)
         else:
             pays = work >= SMALL_FLOPS or (direction == 0 and self.large.launched(tile))
@@ -90,10 +92,10 @@ class Auto:
         if tile.documents is not None and len(tile.documents) > 2:
             return False
         key = (q.shape, q.stride(), k.shape, k.stride(), tile.causal, direction)
-        saved = self._saved.get(key, 0.0)
+        saved = self.saved_seconds.get(key, 0.0)
         if saved < PLAN_SECONDS:
             rate = next((r for size, r in PICOSECONDS_SAVED.items() if q.shape[-1] <= size), (0.0, 0.0))[direction]
-            self._saved[key] = saved + rate * 1e-12 * work * (2.5 if direction else 1.0)
+            self.saved_seconds[key] = saved + rate * 1e-12 * work * (2.5 if direction else 1.0)
             return False
         return True
 
@@ -128,6 +130,6 @@ def describe(kernel: Kernel) -> str:
     """One phrase for the table that is printed at the start."""
     if isinstance(kernel, Auto):
         name = kernel.large.__name__.split(".")[-1]
-        rule = "for shapes that recur" if kernel._plans else f"{kernel.large.VERSION} for tiles above {SMALL_FLOPS:.0e} FLOPs"
+        rule = "for shapes that recur" if kernel.plans else f"{kernel.large.VERSION} for tiles above {SMALL_FLOPS:.0e} FLOPs"
         return f"{name} {rule}, {kernel.plain.__name__.split('.')[-1]} for the rest"
     return kernel.__name__.split(".")[-1]

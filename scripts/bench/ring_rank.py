@@ -71,7 +71,7 @@ def measure(args: argparse.Namespace, forward: Forward, backward: Backward, kern
     if first < 10 * args.seconds:
         seconds = once()
     end = time.monotonic() + SETTLE_SECONDS
-    while time.monotonic() < end and min(getattr(kernel, "_saved", {}).values(), default=math.inf) < choice.PLAN_SECONDS:
+    while time.monotonic() < end and min(getattr(kernel, "saved_seconds", {}).values(), default=math.inf) < choice.PLAN_SECONDS:
         seconds = once()
     before = torch.cuda.memory_allocated() if cuda else 0
     if cuda:

@@ -52,6 +52,15 @@ def test_large_tiles_go_to_flash_attn_and_what_it_refuses_does_not(direction: in
     assert refusing.choose(*rectangle(8192, 8192), direction).__name__ == "plain"
 
 
+@pytest.mark.parametrize(("reason", "wanted"), [(None, "sums"), ("its dq is wrong", None)])
+def test_dq_is_not_summed_by_a_kernel_that_refuses_the_heads(reason: str | None, wanted: str | None) -> None:
+    kernel = large(reason=reason)
+    kernel.accumulate = lambda *_: "sums"
+    q, k, v, tile = rectangle(8192, 8192)
+    given = q, q, k, v, q, q[..., 0], tile, 0.1
+    assert choice.Auto(kernel, PLAIN, plans=False).accumulate(*given) == wanted
+
+
 def test_a_shape_earns_its_plan_by_the_time_it_would_have_saved() -> None:
     auto = choice.Auto(large(), PLAIN, plans=True)
     q, k, v, tile = rectangle(16384, 8192)

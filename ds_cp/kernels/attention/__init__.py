@@ -9,9 +9,13 @@ import importlib
 import pkgutil
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from ds_cp.tiles import Tile
+
+MAX_HEAD_SIZE = 256
+"""Of the CUDA kernels."""
 
 
 class Kernel(Protocol):
@@ -54,6 +58,20 @@ class Accumulator(Protocol):
 
     def dq(self) -> Tensor:
         """The sum over all of them; once, at the end."""
+
+
+def cuda_half_reason(q_TNH: Tensor, k_SMH: Tensor, v_SMH: Tensor) -> str | None:
+    """What every kernel for fp16 and bf16 on CUDA refuses."""
+    size = q_TNH.shape[-1]
+    if q_TNH.device.type != "cuda":
+        return f"it runs on CUDA tensors, these are on {q_TNH.device.type}; use torch_cpu"
+    if q_TNH.dtype not in (torch.float16, torch.bfloat16):
+        return f"it computes in fp16 and bf16, got {q_TNH.dtype}; enable bf16 in the config or use reference"
+    if not size == k_SMH.shape[-1] == v_SMH.shape[-1]:
+        return f"query, key and value heads must have one size, got {size}, {k_SMH.shape[-1]}, {v_SMH.shape[-1]}"
+    if size > MAX_HEAD_SIZE or size % 8:
+        return f"head size must be a multiple of 8 up to {MAX_HEAD_SIZE}, got {size}"
+    return None
 
 
 def names() -> list[str]:

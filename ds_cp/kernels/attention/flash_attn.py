@@ -17,15 +17,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ds_cp.kernels.attention import Accumulator
+from ds_cp.kernels.attention import Accumulator, cuda_half_reason
 from ds_cp.kernels.flash4_hopper import FEWEST_TOKENS, Launcher, Queries
 from ds_cp.tiles import Tile
 
-MAX_HEAD_SIZE = 256
-
 
 class Version(Protocol):
-    """One version's calls. Dense: q, k, v are [1, T, N, H]; varlen: [T, N, H] with cum. lse as the package lays it out."""
+    """One version's calls. Dense: q, k, v are [B, T, N, H]; varlen: [T, N, H] with cum. lse as the package lays it out."""
 
     NUMBER: int
     CAPABILITIES: tuple[int, ...]
@@ -141,18 +139,12 @@ _hopper = _launcher()
 
 
 def unsupported(q_TNH: Tensor, k_SMH: Tensor, v_SMH: Tensor, tile: Tile) -> str | None:
-    if q_TNH.device.type != "cuda":
-        return f"it runs on CUDA tensors, these are on {q_TNH.device.type}; use torch_cpu"
-    capability = torch.cuda.get_device_capability(q_TNH.device)[0]
+    reason = cuda_half_reason(q_TNH, k_SMH, v_SMH)
+    if reason is not None:
+        return reason
+    size, capability = q_TNH.shape[-1], torch.cuda.get_device_capability(q_TNH.device)[0]
     if capability not in _version.CAPABILITIES:
         return f"flash-attn {VERSION} is not for GPUs of compute capability {capability}.x; use torch_flash"
-    if q_TNH.dtype not in (torch.float16, torch.bfloat16):
-        return f"it computes in fp16 and bf16, got {q_TNH.dtype}; enable bf16 in the config or use reference"
-    size = q_TNH.shape[-1]
-    if not size == k_SMH.shape[-1] == v_SMH.shape[-1]:
-        return f"query, key and value heads must have one size, got {size}, {k_SMH.shape[-1]}, {v_SMH.shape[-1]}"
-    if size > MAX_HEAD_SIZE or size % 8:
-        return f"head size must be a multiple of 8 up to {MAX_HEAD_SIZE}, got {size}"
     if VERSION == 4 and capability == 9 and size <= 128 and -(-size // 16) % 2:
         return f"flash-attn 4's dq is wrong on Hopper for head sizes like {size}, that fill an odd number of 16s; use torch_flash"
     if VERSION == 4 and capability in (10, 11) and size > 128 and size != 256:

@@ -12,25 +12,18 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from ds_cp.kernels.attention import cuda_half_reason
 from ds_cp.tiles import Tile
 
 _forward = torch.ops.aten._scaled_dot_product_cudnn_attention
 _backward = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
-MAX_HEAD_SIZE = 256
 
 
 def unsupported(q_TNH: Tensor, k_SMH: Tensor, v_SMH: Tensor, tile: Tile) -> str | None:
-    if q_TNH.device.type != "cuda":
-        return f"it runs on CUDA tensors, these are on {q_TNH.device.type}; use torch_cpu"
-    if torch.cuda.get_device_capability(q_TNH.device)[0] < 9:
+    reason = cuda_half_reason(q_TNH, k_SMH, v_SMH)
+    if reason is None and torch.cuda.get_device_capability(q_TNH.device)[0] < 9:
         return "it was tried on Hopper and later only; use torch_flash"
-    if q_TNH.dtype not in (torch.float16, torch.bfloat16):
-        return f"it computes in fp16 and bf16, got {q_TNH.dtype}; enable bf16 in the config or use reference"
-    if not q_TNH.shape[-1] == k_SMH.shape[-1] == v_SMH.shape[-1]:
-        return f"query, key and value heads must have one size, got {q_TNH.shape[-1]}, {k_SMH.shape[-1]}, {v_SMH.shape[-1]}"
-    if q_TNH.shape[-1] > MAX_HEAD_SIZE or q_TNH.shape[-1] % 8:
-        return f"head size must be a multiple of 8 up to {MAX_HEAD_SIZE}, got {q_TNH.shape[-1]}"
-    return None
+    return reason
 
 
 def forward(q_TNH: Tensor, k_SMH: Tensor, v_SMH: Tensor, tile: Tile, scale: float) -> tuple[Tensor, Tensor]:
