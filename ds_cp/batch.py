@@ -47,11 +47,22 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class Methods:
+    """How layers are computed: what "auto" became, resolved once for a run."""
+
+    attention: Kernel
+    layout: str
+    """"zigzag" or "contiguous"."""
+    gathered: bool
+    """The ring gathers keys and values at once instead of passing them on (`ring_impl: allgather`)."""
+
+
+@dataclass(frozen=True)
 class SequenceContext:
     """What a layer needs to know about the micro-batch; travels to every attention call as a keyword."""
 
     mesh: Mesh
-    kernel: Kernel
+    methods: Methods
     layout: Layout
     tiles: tuple[tuple[tiles.Tile, ...], ...]
     documents: tuple[int, ...]
@@ -60,8 +71,6 @@ class SequenceContext:
     """Number (or weight) of the targets of the whole micro-batch, 0-d fp64; None without labels."""
     weights: Tensor | None
     """Local loss weights [1, T], shifted; None for ones."""
-    gathered: bool
-    """The ring gathers keys and values at once instead of passing them on (`ring_impl: allgather`)."""
     census: Any
     """What records the attention calls on the first step; None afterwards."""
 
@@ -69,10 +78,8 @@ class SequenceContext:
 def prepare(
     batch: Mapping[str, Any],
     mesh: Mesh,
-    kernel: Kernel,
-    layout: str,
+    methods: Methods,
     device: torch.device,
-    gathered: bool = False,
     census: Any = None,
 ) -> tuple[dict[str, Any], SequenceContext]:
     """This rank's part of a batch of whole rows, and the context that goes with it.
@@ -81,8 +88,6 @@ def prepare(
         batch: keyword arguments of a HF causal LM: `input_ids` or `inputs_embeds`, optionally `labels` or `shift_labels`,
             2-D `attention_mask`, `position_ids` [B, S], `cu_seq_lens_q` or `seq_lens`, `loss_weights` [B, S]. The same on
             every rank of the seq group.
-        layout: "zigzag" or "contiguous".
-        gathered: plan for `ring_impl: allgather`.
 
     Returns:
         Keyword arguments with local tensors on `device`, and the context.
@@ -93,7 +98,7 @@ def prepare(
     tokens = _tokens(batch)
     _check_shapes(batch, tokens)
     rows, documents = _stream(batch, tokens)
-    plan = layouts.build(layout, rows.tokens, mesh.ring.size, mesh.ulysses.size)
+    plan = layouts.build(methods.layout, rows.tokens, mesh.ring.size, mesh.ulysses.size)
     documents = _with_padding(documents, plan.length)
     targets, weights = _targets(batch)
     _check_padding_has_no_targets(targets, batch, rows)
@@ -110,14 +115,13 @@ def prepare(
         out["labels"] = cut(targets, IGNORE)
     context = SequenceContext(
         mesh=mesh,
-        kernel=kernel,
+        methods=methods,
         layout=plan,
-        tiles=_tiles(plan, mesh, documents, gathered, device),
+        tiles=_tiles(plan, mesh, documents, methods.gathered, device),
         documents=documents,
         rows=rows,
         targets=None if targets is None else _count(targets, weights).to(device, non_blocking=True),
         weights=None if weights is None else cut(weights, 0),
-        gathered=gathered,
         census=census,
     )
     return out, context

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ds_cp import batch as batches
 from ds_cp import comm, factor, layout, mesh, preflight, topology
 from ds_cp import config as configs
+from ds_cp.batch import Methods
 from ds_cp.config import Config
 from ds_cp.kernels import choice
 from ds_cp.kernels.attention import Kernel
@@ -123,13 +124,16 @@ def attach_model(model: nn.Module, block: Config, mesh_: Mesh, divisor: Callable
     handle = attach.Handle(
         model=attach.find(model),
         mesh=mesh_,
-        kernel=kernel_of(block),
-        layout=layout.resolve(block.layout),
-        gathered=block.ring_impl == "allgather",
+        methods=methods_of(block),
         loss=CausalLMLoss(reduction=block.loss_reduction, divisor=divisor),
     )
     handle.apply()
     return handle
+
+
+def methods_of(block: Config) -> Methods:
+    """How layers are computed, every "auto" resolved."""
+    return Methods(attention=kernel_of(block), layout=layout.resolve(block.layout), gathered=block.ring_impl == "allgather")
 
 
 def kernel_of(block: Config) -> Kernel:

@@ -57,10 +57,10 @@ class RingAttention(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         context, steps = ctx.context, ctx.context.tiles
         if len(steps) == 1:
-            grads = context.kernel.backward(dout_SNH, q, k, v, out, lse, steps[0][0], ctx.scale)
+            grads = context.methods.attention.backward(dout_SNH, q, k, v, out, lse, steps[0][0], ctx.scale)
             return *grads, None, None
         pull = _Pull(dout_SNH.contiguous(), q, out, lse, context, ctx.scale)
-        dkv = (_backward_gathered if context.gathered else _backward_hops)(pull, k, v, context)
+        dkv = (_backward_gathered if context.methods.gathered else _backward_hops)(pull, k, v, context)
         return pull.dq(), dkv[0].to(k.dtype), dkv[1].to(v.dtype), None, None
 
 
@@ -68,7 +68,7 @@ class _Push:
     """The forward of tiles, merged in fp32. The first tile must cover every query."""
 
     def __init__(self, q: Tensor, context: SequenceContext, scale: float) -> None:
-        self._q, self._kernel, self._scale = q, context.kernel, scale
+        self._q, self._kernel, self._scale = q, context.methods.attention, scale
         self._out: Tensor | None = None
         self._lse: Tensor | None = None
         self._span = (0, 0)
@@ -109,7 +109,7 @@ class _Pull:
 
     def __init__(self, dout: Tensor, q: Tensor, out: Tensor, lse: Tensor, context: SequenceContext, scale: float) -> None:
         self._dout, self._q, self._out, self._lse = dout, q, out, lse
-        self._kernel, self._scale = context.kernel, scale
+        self._kernel, self._scale = context.methods.attention, scale
         self.work = torch.float64 if q.dtype == torch.float64 else torch.float32
         self._dq: Tensor | None = None
         self._parts: list[tuple[int, Tensor]] = []
@@ -195,7 +195,7 @@ def _blocks(k: Tensor, v: Tensor, context: SequenceContext) -> Iterator[tuple[Bl
         yield (k, v), steps[0]
         return
     block = torch.stack((k, v))
-    if context.gathered:
+    if context.methods.gathered:
         row = block.new_empty((2, context.layout.length, *block.shape[2:]))
         everyone = comm.Gather(_own_slots(block, context), _by_slot(row, context), context.mesh.ring.group)
         yield block, steps[0]

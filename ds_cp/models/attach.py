@@ -22,8 +22,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from ds_cp import batch as batches
 from ds_cp import comm
 from ds_cp.attention import attend
-from ds_cp.batch import SequenceContext
-from ds_cp.kernels.attention import Kernel
+from ds_cp.batch import Methods, SequenceContext
 from ds_cp.loss import CausalLMLoss
 from ds_cp.mesh import Mesh
 from ds_cp.models.checks import attention_modules
@@ -54,9 +53,7 @@ class Handle:
 
     model: PreTrainedModel
     mesh: Mesh
-    kernel: Kernel
-    layout: str
-    gathered: bool
+    methods: Methods
     loss: CausalLMLoss
     _undo: list[Any] | None = None
     _checked: bool = False
@@ -105,7 +102,7 @@ class Handle:
         if not self._checked:
             check_same_row(given, self.mesh, device)
         census = None if self._checked else Census()
-        local, context = batches.prepare(given, self.mesh, self.kernel, self.layout, device, self.gathered, census)
+        local, context = batches.prepare(given, self.mesh, self.methods, device, census)
         return (), {**local, "use_cache": False, "cp": context}
 
     def _after_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:

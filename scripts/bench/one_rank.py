@@ -36,7 +36,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import distributions
 from itertools import pairwise
 from pathlib import Path
@@ -237,9 +237,10 @@ def build_ours(model: Any, row: dict[str, Tensor], case: Case, timeline: Timelin
     mesh_ = mesh.build(degrees, block.comm_timeout_s)
     engine_ = initialize(model, case)
     handle = engine.attach_model(engine_.module, block, mesh_, engine_.gradient_accumulation_steps)
-    kernel = handle.kernel
+    kernel = handle.methods.attention
     marked = {name: timeline.part(KERNELS, getattr(kernel, name)) for name in ("forward", "backward")}
-    handle.kernel = SimpleNamespace(__name__=kernel.__name__, unsupported=kernel.unsupported, **marked)
+    marked_kernel = SimpleNamespace(__name__=kernel.__name__, unsupported=kernel.unsupported, **marked)
+    handle.methods = replace(handle.methods, attention=marked_kernel)
     return engine_, lambda: engine_(**row).loss
 
 

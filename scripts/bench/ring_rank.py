@@ -143,7 +143,8 @@ def ring_context(args: argparse.Namespace, kernel: Kernel, documents: Sequence[i
     gathered = impl == "allgather"
     (own,), *rest = (tiles.plan_gathered if gathered else tiles.plan)(layout, axis.rank, documents)
     steps = (on_device(args, own),), *rest
-    return SimpleNamespace(kernel=kernel, tiles=steps, gathered=gathered, layout=layout, mesh=SimpleNamespace(ring=axis))
+    methods = SimpleNamespace(attention=kernel, gathered=gathered)
+    return SimpleNamespace(methods=methods, tiles=steps, layout=layout, mesh=SimpleNamespace(ring=axis))
 
 
 def axis(group: Any, size: int, rank: int) -> Any:

@@ -298,7 +298,7 @@ def traffic(ulysses: int, kv_heads: int) -> dict[str, Any]:
 
     axes, context, tensors = _attention_inputs(ulysses, 1, "reference", kv_heads)
     idle = SimpleNamespace(__name__="idle", unsupported=lambda *_: None, forward=forward, backward=backward)
-    context = dataclasses.replace(context, kernel=idle)
+    context = dataclasses.replace(context, methods=dataclasses.replace(context.methods, attention=idle))
     there, back = Traffic(), Traffic()
     with there:
         out = attend(*tensors, context, 0.3)
@@ -312,7 +312,8 @@ def traffic(ulysses: int, kv_heads: int) -> dict[str, Any]:
 def _attention_inputs(ulysses: int, ring: int, kernel: str, kv_heads: int = 4) -> tuple[Any, Any, list[torch.Tensor]]:
     """(mesh, context, q, k, v as HF hands them over) for 8 query heads of 16 and a row of 64 tokens."""
     axes = mesh.build(Topology(ulysses=ulysses, ring=ring, data=1), timeout_s=60)
-    _, context = batches.prepare(rows(1, 64)[0], axes, kernels.load(kernel), "zigzag", torch.device("cpu"))
+    methods = batches.Methods(attention=kernels.load(kernel), layout="zigzag", gathered=False)
+    _, context = batches.prepare(rows(1, 64)[0], axes, methods, torch.device("cpu"))
     tokens = 64 // (ulysses * ring)
     shapes = [(1, tokens, heads, 16) for heads in (8, kv_heads, kv_heads)]
     return axes, context, [torch.randn(shape).transpose(1, 2).requires_grad_() for shape in shapes]

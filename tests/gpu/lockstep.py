@@ -111,7 +111,8 @@ def ring(
         group.rank_here.value = rank
         mesh = SimpleNamespace(ring=SimpleNamespace(group=group, ranks=ranks, rank=rank, size=size))
         steps = (tiles.plan_gathered if gathered else tiles.plan)(plan, rank, documents)
-        context = SimpleNamespace(kernel=kernel, tiles=steps, gathered=gathered, layout=plan, mesh=mesh)
+        methods = SimpleNamespace(attention=kernel, gathered=gathered)
+        context = SimpleNamespace(methods=methods, tiles=steps, layout=plan, mesh=mesh)
         with group.turn:
             out = RingAttention.forward(ctx, *(x[index[rank]] for x in (q, k, v)), context, scale)
             return out, *RingAttention.backward(ctx, dout[index[rank]])[:3]

@@ -63,7 +63,7 @@ BEYOND = _table(
         "attention": "topology",  # the head split: a pure function that every rank calls alike
         "ring": "kernels.merge kernels.attention",  # merging; the type of what sums dq
         "loss": "batch",  # SequenceContext and IGNORE
-        "models": "comm mesh kernels.attention",  # the same-row check; types of what a handle holds
+        "models": "comm mesh",  # the same-row check
         "trainer": "batch comm config factor mesh",  # reads the block, counts targets and verifies the factor as engine does
         "cli": "topology layout models",  # what `check` resolves: sizes, padding, a model's heads; there is no planner yet
     }

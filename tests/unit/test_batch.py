@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +21,7 @@ from ds_cp.mesh import AxisGroup, Mesh
 from ds_cp.topology import AXES, Topology
 
 CPU = torch.device("cpu")
-KERNEL: Any = SimpleNamespace()  # carried, not called
+METHODS = batches.Methods(attention=SimpleNamespace(), layout="zigzag", gathered=False)  # a kernel that is carried, not called
 HIDDEN = 3
 MESHES = ((1, 1), (2, 1), (1, 2), (2, 2), (1, 4), (4, 2), (3, 3))
 
@@ -42,7 +43,7 @@ def _axis_of(topology: Topology, axis: Any, rank: int) -> AxisGroup:
 
 
 def prepare(batch: dict[str, Any], ulysses: int = 1, ring: int = 2, layout: str = "zigzag") -> list[Local]:
-    return [batches.prepare(batch, mesh, KERNEL, layout, CPU) for mesh in meshes(ulysses, ring)]
+    return [batches.prepare(batch, mesh, replace(METHODS, layout=layout), CPU) for mesh in meshes(ulysses, ring)]
 
 
 def whole(shards: list[Local], key: str) -> Tensor:
@@ -133,7 +134,7 @@ def test_any_mask_on_any_mesh_gives_the_rows_back(batch: dict[str, Any], ulysses
 
 def test_every_replica_gets_the_same_shards_of_the_same_row() -> None:
     batch = packed(5, 4)
-    shards = [batches.prepare(batch, mesh, KERNEL, "zigzag", CPU)[0] for mesh in meshes(2, 2, data=2)]
+    shards = [batches.prepare(batch, mesh, METHODS, CPU)[0] for mesh in meshes(2, 2, data=2)]
     for first, second in zip(shards[:4], shards[4:], strict=True):
         assert all(torch.equal(first[key], second[key]) for key in first)
 
@@ -250,15 +251,15 @@ def test_the_context_holds_the_plan_of_its_own_ring_rank(mesh: tuple[int, int]) 
         assert context.layout == layouts.build("zigzag", 17, ring=mesh[1], ulysses=mesh[0])
         assert context.tiles == tiles.plan(context.layout, rank.ring.rank, context.documents)
         assert context.mesh == rank
-        assert context.kernel is KERNEL
+        assert context.methods == METHODS
         assert local["input_ids"].shape == (1, context.layout.length // rank.seq.size)
 
 
 def test_the_context_carries_the_census_it_is_given() -> None:
     census = object()
     for mesh in meshes(1, 2):
-        assert batches.prepare(packed(8), mesh, KERNEL, "zigzag", CPU, census=census)[1].census is census
-        assert batches.prepare(packed(8), mesh, KERNEL, "zigzag", CPU)[1].census is None
+        assert batches.prepare(packed(8), mesh, METHODS, CPU, census=census)[1].census is census
+        assert batches.prepare(packed(8), mesh, METHODS, CPU)[1].census is None
 
 
 def test_no_local_document_reaches_over_a_boundary_of_the_row() -> None:
@@ -339,7 +340,7 @@ def refusal(batch: dict[str, Any]) -> str:
     messages = set()
     for mesh in meshes(1, 2):
         with pytest.raises(ValueError, match=r"^batch: ") as error:
-            batches.prepare(batch, mesh, KERNEL, "zigzag", CPU)
+            batches.prepare(batch, mesh, METHODS, CPU)
         messages.add(str(error.value))
     assert len(messages) == 1
     return messages.pop()
