@@ -9,7 +9,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
 from ds_cp import selftest, topology
-from ds_cp.batch import IGNORE
+from ds_cp.batch import IGNORE, Methods
 from ds_cp.kernels import attention as kernels
 from ds_cp.loss import CausalLMLoss
 from ds_cp.mesh import AxisGroup, Mesh
@@ -97,7 +97,8 @@ def alone() -> Mesh:
 
 
 def attached(model: PreTrainedModel, kernel: str = "torch_cpu") -> attach.Handle:
-    handle = attach.Handle(model, alone(), kernels.load(kernel), "zigzag", False, CausalLMLoss("mean", divisor=lambda: 1))
+    methods = Methods(attention=kernels.load(kernel), layout="zigzag", gathered=False)
+    handle = attach.Handle(model, alone(), methods, CausalLMLoss("mean", divisor=lambda: 1))
     handle.apply()
     return handle
 
