@@ -55,7 +55,8 @@ class Config(BaseModel):
     loss_reduction: Literal["auto", "mean", "token_mean", "sum"] = "auto"
     """What the gradient is the gradient of. "auto" is token_mean where `num_items_in_batch` is given, else mean."""
     loss_chunk: Count | Auto = "auto"
-    """Tokens per logits tile; 0 materialises the logits. "auto" is 0."""
+    """Tokens per logits tile: the loss is computed tile by tile and `out.logits` is None (`return_logits=True` keeps them); 0
+    materialises the logits. "auto" takes tiles of 256 MiB of fp32 logits, and whole logits where a shard's are no larger."""
     tiled_mlp: bool | Auto = "auto"
     """Compute MLPs in tiles of tokens. "auto" is off."""
     activation_offload: bool = False
@@ -92,7 +93,6 @@ THIS_VERSION: Mapping[str, tuple[Any, ...]] = {
     "attention_head_chunks": ("auto", 1),
     "profile": (False,),
     "delta_kernel": ("auto",),
-    "loss_chunk": ("auto", 0),
     "tiled_mlp": ("auto", False),
     "activation_offload": (False,),
 }

@@ -11,6 +11,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import set_z3_leaf_module
 from torch import Tensor, nn
 
 from ds_cp import batch as batches
@@ -23,7 +24,7 @@ from ds_cp.kernels.attention import Kernel
 from ds_cp.loader import StepLoader
 from ds_cp.loss import CausalLMLoss
 from ds_cp.mesh import Mesh
-from ds_cp.models import attach, checks
+from ds_cp.models import attach, checks, lm_head
 
 Source = str | os.PathLike[str] | Mapping[str, Any]
 
@@ -105,6 +106,9 @@ def prepare(model: nn.Module, block: Config) -> Mesh:
     inner = attach.find(model)
     checks.refuse(inner)
     kernel_of(block)
+    head = inner.get_output_embeddings()
+    if block.loss_chunk != 0 and lm_head.is_composite(head):
+        set_z3_leaf_module(head, True)
     degrees = topology.resolve(
         block.size,
         block.ulysses_size,
@@ -115,7 +119,7 @@ def prepare(model: nn.Module, block: Config) -> Mesh:
     )
     mesh_ = mesh.build(degrees, block.comm_timeout_s)
     if dist.get_rank() == 0:
-        print_table(block, mesh_)
+        print_table(block, mesh_, inner)
     return mesh_
 
 
@@ -126,6 +130,7 @@ def attach_model(model: nn.Module, block: Config, mesh_: Mesh, divisor: Callable
         mesh=mesh_,
         methods=methods_of(block),
         loss=CausalLMLoss(reduction=block.loss_reduction, divisor=divisor),
+        loss_chunk=block.loss_chunk,
     )
     handle.apply()
     return handle
@@ -143,7 +148,15 @@ def kernel_of(block: Config) -> Kernel:
     return choice.resolve(block.attention_kernel, device, capability)
 
 
-def print_table(block: Config, mesh_: Mesh) -> None:
+def _describe_chunk(block: Config, model: nn.Module) -> str:
+    head = model.get_output_embeddings()
+    if block.loss_chunk != "auto" or head is None:
+        return str(block.loss_chunk)
+    tile = lm_head.auto_tile(lm_head.vocabulary(head))
+    return f"{tile} for shards of more tokens, else whole logits"
+
+
+def print_table(block: Config, mesh_: Mesh, model: nn.Module) -> None:
     """What the run does, "auto" resolved, once, on the calling rank."""
     from rich.console import Console
     from rich.table import Table
@@ -160,6 +173,7 @@ def print_table(block: Config, mesh_: Mesh) -> None:
         "attention_kernel": choice.describe(kernel_of(block)),
         "ring_impl": block.ring_impl,
         "loss_reduction": "token_mean if counted, else mean" if block.loss_reduction == "auto" else block.loss_reduction,
+        "loss_chunk": _describe_chunk(block, model),
         "comm_timeout_s": block.comm_timeout_s,
     }
     for name, value in resolved.items():
@@ -177,6 +191,11 @@ def unshard(x: Tensor) -> Tensor:
     Args:
         x: `out.logits` of an attached model (it carries the micro-batch's context).
     """
+    if x is None:
+        raise ValueError(
+            "unshard: there are no logits: the loss was computed in tiles (sequence_parallel.loss_chunk), and they were never "
+            "whole; call the engine with return_logits=True"
+        )
     context = getattr(x, attach.CONTEXT, None)
     if context is None:
         raise ValueError("unshard: this tensor does not come from a ds_cp model; pass out.logits itself, not a copy or a slice")

@@ -23,12 +23,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from ds_cp import comm
 from ds_cp.batch import IGNORE, SequenceContext
+from ds_cp.tiled_head import Terms, token_losses
 
 Reduction = Literal["auto", "mean", "token_mean", "sum"]
+PLAIN = Terms()
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ class CausalLMLoss:
         vocab_size: int | None = None,
         num_items_in_batch: Tensor | float | None = None,
         cp: SequenceContext | None = None,
+        local: Tensor | None = None,
+        terms: Terms = PLAIN,
         **_: Any,
     ) -> Tensor:
         """The row's loss, the same 0-d fp32 value on every rank of the seq group; all of them must call it.
@@ -53,13 +56,14 @@ class CausalLMLoss:
         Args:
             logits: [1, T, V] of the local tokens. labels: [1, T] shifted targets of the local tokens, -100 for none.
             num_items_in_batch: targets (or their weight) of the whole global batch, for token_mean.
+            local: l_r where the head has computed it in tiles; the logits are not read then.
 
         Raises:
             ValueError: token_mean without num_items_in_batch, or the model did not pass the context on.
         """
         if cp is None or cp.targets is None:
             raise ValueError("loss_function: the model did not pass the `cp` keyword to its loss; it cannot be sharded")
-        local = _sum(logits, labels, cp.weights)
+        local = _sum(logits, labels, cp.weights, terms) if local is None else local
         factor, value_factor = self._factors(cp, num_items_in_batch, local.device)
         shown = comm.all_sum(local, cp.mesh.seq.group) * value_factor
         return _Shown.apply(local, shown.to(local.dtype), factor)
@@ -89,13 +93,12 @@ def _inverse(count: Tensor) -> Tensor:
     return 1 / torch.where(count == 0, torch.ones_like(count), count)
 
 
-def _sum(logits: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
+def _sum(logits: Tensor, labels: Tensor, weights: Tensor | None, terms: Terms) -> Tensor:
     work = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    scores, targets = logits.flatten(0, -2).to(work), labels.flatten()
-    if weights is None:
-        return functional.cross_entropy(scores, targets, ignore_index=IGNORE, reduction="sum")
-    losses = functional.cross_entropy(scores, targets, ignore_index=IGNORE, reduction="none")
-    return (losses * weights.flatten().to(work).masked_fill(targets == IGNORE, 0.0)).sum()
+    targets = labels.flatten()
+    losses = token_losses(logits.flatten(0, -2).to(work), targets, terms)
+    weights = torch.ones_like(losses) if weights is None else weights.flatten().to(work)
+    return (losses * weights.masked_fill(targets == IGNORE, 0.0)).sum()
 
 
 class _Shown(torch.autograd.Function):

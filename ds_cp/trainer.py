@@ -67,8 +67,9 @@ class TrainerMixin:
             return super().compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
         if model.training:
             self._count_tokens(inputs)
-        counted = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
-        outputs = model(**inputs, **counted)
+        keywords = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
+        keywords["label_smoothing"] = self.args.label_smoothing_factor
+        outputs = model(**inputs, **keywords)
         if outputs.loss is None:
             raise ValueError("batch: no labels, so the model returned no loss; add `labels` to what the collator returns")
         # At ZeRO 0 DeepSpeed takes an engine's own output for a loss that `backward` did not scale, and divides it once more.
@@ -84,7 +85,7 @@ class TrainerMixin:
         inputs = self._prepare_inputs(inputs)
         items = self._get_num_items_in_batch([inputs], self.args.device)
         with torch.no_grad():
-            loss, outputs = self.compute_loss(model, inputs, return_outputs=True, num_items_in_batch=items)
+            loss, outputs = self.compute_loss(model, {**inputs, "return_logits": True}, True, num_items_in_batch=items)
             logits = engine.unshard(outputs.logits)
         return loss.detach(), logits.detach(), inputs.get("labels")
 
@@ -195,7 +196,6 @@ def _check_arguments(trainer: HfTrainer) -> None:
     """Arguments of HF's whose meaning this version would change without a word."""
     args = trainer.args
     refused = {
-        "label_smoothing_factor": (args.label_smoothing_factor, "set it to 0"),
         "compute_loss_func": (trainer.compute_loss_func is not None, "leave it out: it would see one shard's logits"),
         "model_init": (trainer.model_init is not None, "pass the model itself"),
         "use_liger_kernel": (args.use_liger_kernel, "set it to False"),

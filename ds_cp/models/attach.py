@@ -2,7 +2,7 @@
 
 - `AttentionInterface.register` adds the implementation "ds_cp"; the instance's `set_attn_implementation` selects it;
 - a forward pre-hook turns whole rows into local tokens plus the keyword `cp=context`, which HF passes to every attention call;
-- the `loss_function` setter gives the loss of the whole row;
+- the `loss_function` setter gives the loss of the whole row, and `lm_head.Door` computes it where the logits would be;
 - a forward hook checks on the first step that every attention layer was called with the context (the census).
 """
 
@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from ds_cp.attention import attend
 from ds_cp.batch import Methods, SequenceContext
 from ds_cp.loss import CausalLMLoss
 from ds_cp.mesh import Mesh
+from ds_cp.models import lm_head
 from ds_cp.models.checks import attention_modules
 
 IMPLEMENTATION = "ds_cp"  # must not hold "flash": transformers branches on that substring
@@ -55,6 +56,7 @@ class Handle:
     mesh: Mesh
     methods: Methods
     loss: CausalLMLoss
+    loss_chunk: int | Literal["auto"] = 0
     _undo: list[Any] | None = None
     _checked: bool = False
 
@@ -65,7 +67,9 @@ class Handle:
         self.model.set_attn_implementation(IMPLEMENTATION)
         if self.model.config._attn_implementation != IMPLEMENTATION:
             raise ValueError(f"model: {type(self.model).__name__} does not let its attention implementation be set")
-        self.model.loss_function = self.loss
+        self.model.loss_function = self._loss_function
+        self._head = lm_head.Door(self.model, self.loss_chunk)
+        self._head.apply()
         hooks = [
             self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             self.model.register_forward_hook(self._after_forward, with_kwargs=True),
@@ -79,6 +83,7 @@ class Handle:
         (implementation, loss), hooks = self._undo
         for hook in hooks:
             hook.remove()
+        self._head.remove()
         self.model.set_attn_implementation(implementation)
         if loss is None:
             del self.model._loss_function
@@ -102,17 +107,24 @@ class Handle:
         if not self._checked:
             check_same_row(given, self.mesh, device)
         census = None if self._checked else Census()
+        asked = {key: given.pop(key, None) for key in lm_head.CALL_KEYS}
         local, context = batches.prepare(given, self.mesh, self.methods, device, census)
+        self._head.begin(asked, local, context)
         return (), {**local, "use_cache": False, "cp": context}
 
-    def _after_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+    def _loss_function(self, logits: Tensor, *args: Any, cp: SequenceContext | None = None, **kwargs: Any) -> Tensor:
+        return self.loss(logits, *args, cp=cp, **{**kwargs, **self._head.loss_arguments(logits, cp)})
+
+    def _after_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         context: SequenceContext = kwargs["cp"]
         if context.census is not None:
             context.census.check(attention_modules(module))
             self._checked = True
+        output = self._head.end(output)
         logits = getattr(output, "logits", None)
         if isinstance(logits, Tensor):
             setattr(logits, CONTEXT, context)
+        return output
 
 
 def attention_forward(

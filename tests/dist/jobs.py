@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -41,12 +42,26 @@ def parity(
     checkpointing: bool | None = None,
     changes: dict[str, Any] | None = None,
     length: int = 50,
+    terms: dict[str, float] | None = None,
+    low_rank: bool = False,
+    head_only: bool = False,
 ) -> tuple[float, float, str, float]:
-    """(loss, loss error, worst parameter, its gradient error) of one step against one process."""
+    """(loss, loss error, worst parameter, its gradient error) of one step against one process.
+
+    `terms` are keywords of the call (label smoothing, z-loss); `low_rank` puts an adapter on the output head; `head_only` freezes
+    everything before it.
+    """
     batches = batches or rows(replicas * accumulation, length)
+    model, alone = (selftest.tiny_model(model_type, **(changes or {})) for _ in range(2))
+    for each in (model, alone) if low_rank else ():
+        each.lm_head = LowRank(each.lm_head)
+    for each in (model, alone) if head_only else ():
+        each.model.requires_grad_(False)
+    if terms:
+        alone.loss_function = partial(smoothed_loss, **terms)
+        batches = [{**batch, **terms} for batch in batches]
     per_replica = [batches[i * accumulation : (i + 1) * accumulation] for i in range(replicas)]
-    wanted = selftest.reference(selftest.tiny_model(model_type, **(changes or {})), batches, reduction)
-    model = selftest.tiny_model(model_type, **(changes or {}))
+    wanted = selftest.reference(alone, batches, reduction)
     if checkpointing is not None:
         model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
     items = sum(float(count_targets(batch)) for batch in batches) if reduction == "token_mean" else None
@@ -54,6 +69,34 @@ def parity(
     got = selftest.sharded(model, selftest.ds_config(stage, block, accumulation, zero), per_replica, items)
     report = selftest.compare(*got, *wanted)
     return report.loss, report.loss_error, *report.worst
+
+
+class LowRank(torch.nn.Module):
+    """A head of several modules, as LoRA makes them: the frozen layer plus a trained product."""
+
+    def __init__(self, base: torch.nn.Linear) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.down = torch.nn.Linear(base.in_features, 3, bias=False)
+        self.up = torch.nn.Linear(3, base.out_features, bias=False)
+        for seed, layer in enumerate((self.down, self.up)):
+            torch.nn.init.normal_(layer.weight, std=0.1, generator=torch.Generator().manual_seed(seed))
+
+    @property
+    def weight(self) -> torch.nn.Parameter:
+        return self.base.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) + 0.5 * self.up(self.down(x))
+
+
+def smoothed_loss(
+    logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0, z_loss: float = 0.0, **_: Any
+) -> torch.Tensor:
+    """HF's mean loss with torch's label smoothing, and PaLM's z-loss."""
+    scores, targets = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    loss = torch.nn.functional.cross_entropy(scores, targets, label_smoothing=label_smoothing)
+    return loss + z_loss * torch.logsumexp(scores[targets != IGNORE], dim=-1).square().mean()
 
 
 def bf16_errors(block: dict[str, Any], stage: int) -> tuple[float, float]:
@@ -157,9 +200,38 @@ def disabled_outputs(block: dict[str, Any]) -> tuple[bool, int]:
         inside = engine.module(input_ids=ids).logits
         generated = engine.module.generate(input_ids=ids, max_new_tokens=5, min_new_tokens=5, do_sample=False)
     wanted = selftest.tiny_model("llama")(input_ids=ids).logits
-    assert engine(input_ids=ids, labels=ids).logits.shape[1] < 20, "sharded again after the block"
+    assert engine(input_ids=ids, labels=ids, return_logits=True).logits.shape[1] < 20, "sharded again after the block"
     selftest.finish(engine)
     return torch.equal(inside, wanted), generated.shape[1] - 20
+
+
+def logits_on_request(block: dict[str, Any]) -> tuple[Any, float]:
+    """Logits of a tiled call (None), and the error of those of a call that asks for them against one process."""
+    batch = rows(1, 30)[0]
+    wanted = selftest.tiny_model("llama")(**batch)
+    engine, _ = started(block)
+    tiled = engine(**batch)
+    whole = engine(**batch, return_logits=True)
+    assert abs(float(tiled.loss.detach()) - float(whole.loss.detach())) < 1e-5
+    error = float((ds_cp.unshard(whole.logits) - wanted.logits).abs().max() / wanted.logits.abs().max())
+    kept = tiled.logits
+    selftest.finish(engine)
+    return kept, error
+
+
+def unshard_nothing(block: dict[str, Any]) -> None:
+    engine, _ = started(block)
+    ds_cp.unshard(engine(**rows(1, 30)[0]).logits)
+
+
+def gathers(block: dict[str, Any]) -> int:
+    """All-gathers of a whole ZeRO-3 step."""
+    engine, _ = started(block, stage=3)
+    batch = rows(1, 60)[0]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        _steps(engine, [batch])
+    selftest.finish(engine)
+    return sum("allgather" in event.name and event.name.startswith("c10d::") for event in profile.events())
 
 
 def evaluation_error(block: dict[str, Any]) -> float:

@@ -42,6 +42,15 @@ def test_thirty_steps_are_those_of_one_process(pool, tmp_path: Path, mesh: tuple
     assert_same_run(run(pool, 2, tmp_path, block=block(*mesh), **settings), wanted)
 
 
+@pytest.mark.parametrize("chunk", [0, 7])
+def test_label_smoothing_with_whole_logits_and_in_tiles(pool, tmp_path: Path, chunk: int) -> None:
+    settings = {"label_smoothing_factor": 0.1, "eval_strategy": "steps", "eval_steps": 4, "metrics": True}
+    wanted = run(pool, 1, tmp_path, block=None, stage=None, **settings)
+    got = run(pool, 2, tmp_path, block=block(1, 2, loss_chunk=chunk), **settings)
+    assert_same_run(got, wanted)
+    assert losses(got, "eval_logit_sum") == pytest.approx(losses(wanted, "eval_logit_sum"), rel=1e-5)
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_every_zero_stage_without_what_hides_a_scale(pool, tmp_path: Path, stage: int) -> None:
     settings = {"optim": "sgd", "learning_rate": 0.05, "max_grad_norm": 0.0}
@@ -110,7 +119,6 @@ def test_a_stream_reaches_every_rank_of_a_group(pool, tmp_path: Path) -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "label smoothing": ({"label_smoothing_factor": 0.1}, "label_smoothing_factor: not in this version"),
     "custom loss": ({"trainer": {"compute_loss_func": trainer_jobs.custom_loss}}, "compute_loss_func: not in this version"),
     "split batches": ({"accelerator_config": {"split_batches": True}}, "the ranks of a sequence group need the same row"),
 }

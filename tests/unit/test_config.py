@@ -52,7 +52,6 @@ LATER: tuple[tuple[str, Any], ...] = (
     ("profile", True),
     ("delta_kernel", "fla"),
     ("delta_kernel", "reference"),
-    ("loss_chunk", 1024),
     ("tiled_mlp", True),
     ("activation_offload", True),
 )
@@ -64,7 +63,6 @@ INTEGERS: tuple[tuple[str, int], ...] = (
     ("ring_size", 1),
     ("attention_head_chunks", 1),
     ("comm_timeout_s", 1),
-    ("loss_chunk", 0),
 )
 """Fields that hold an integer, and the least one."""
 

@@ -96,9 +96,9 @@ def alone() -> Mesh:
     return Mesh(topology=topology.Topology(1, 1, 1), ulysses=axis, ring=axis, seq=axis, data=axis)
 
 
-def attached(model: PreTrainedModel, kernel: str = "torch_cpu") -> attach.Handle:
+def attached(model: PreTrainedModel, kernel: str = "torch_cpu", loss_chunk: int = 0) -> attach.Handle:
     methods = Methods(attention=kernels.load(kernel), layout="zigzag", gathered=False)
-    handle = attach.Handle(model, alone(), methods, CausalLMLoss("mean", divisor=lambda: 1))
+    handle = attach.Handle(model, alone(), methods, CausalLMLoss("mean", divisor=lambda: 1), loss_chunk=loss_chunk)
     handle.apply()
     return handle
 

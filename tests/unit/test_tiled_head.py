@@ -1,0 +1,146 @@
+"""The head in tiles against PyTorch's cross entropy on whole logits, in fp64; what it allocates; what it refuses."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ds_cp import selftest, tiled_head
+from ds_cp.batch import IGNORE
+from ds_cp.models import lm_head
+from ds_cp.tiled_head import Head, Terms
+from tests.unit.test_models import attached
+
+T, D, V = 23, 8, 17
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2}
+BATCH = {"input_ids": torch.arange(3, 40).unsqueeze(0), "labels": torch.arange(3, 40).unsqueeze(0)}
+
+
+def whole(hidden: Tensor, layer: nn.Linear, head: Head, targets: Tensor, weights: Tensor | None, terms: Terms) -> Tensor:
+    z = layer(hidden)[0] * head.scale
+    z = z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
+    losses = functional.cross_entropy(z, targets[0], reduction="none", label_smoothing=terms.label_smoothing)
+    losses = losses + terms.z_loss * z.logsumexp(-1) ** 2
+    w = torch.ones_like(losses) if weights is None else weights[0].double()
+    return (losses * w.masked_fill(targets[0] == IGNORE, 0)).sum()
+
+
+@pytest.mark.parametrize("tile", [1, 7, 23, 100])
+@pytest.mark.parametrize("linear", [True, False], ids=["formula", "graph"])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_loss_and_gradients_are_those_of_whole_logits(dtype: torch.dtype, linear: bool, tile: int) -> None:
+    for bias, (scale, softcap), weighted, terms in product(
+        (False, True), ((1.0, None), (0.5, 3.0)), (False, True), (Terms(), Terms(0.1, 1e-2))
+    ):
+        torch.manual_seed(0)
+        layer, hidden = nn.Linear(D, V, bias=bias).to(dtype), torch.randn(1, T, D, dtype=dtype, requires_grad=True)
+        targets, weights = torch.randint(0, V, (1, T)), torch.rand(1, T, dtype=torch.float64) if weighted else None
+        targets[0, 3:12] = IGNORE
+        alone, theirs = nn.Linear(D, V, bias=bias).double(), hidden.detach().double().requires_grad_()
+        alone.load_state_dict({name: x.double() for name, x in layer.state_dict().items()})
+        head = Head(layer.forward, tuple(layer.parameters()), linear, scale, softcap)
+        wanted = whole(theirs, alone, head, targets, weights, terms)
+        got, output = tiled_head.tiled_loss(hidden, head, tile, targets, weights, terms)
+        for loss in (wanted, tiled_head.joined(got, output)):
+            (loss * 0.3).backward()
+        pairs = [(got.detach(), wanted.detach()), (hidden.grad, theirs.grad)]
+        pairs += [(p.grad, q.grad) for p, q in zip(layer.parameters(), alone.parameters(), strict=True)]
+        for ours, reference in pairs:
+            assert float((ours.double() - reference).abs().max() / reference.abs().max()) <= TOLERANCE[dtype]
+        assert {p.grad.dtype for p in (hidden, *layer.parameters())} == {dtype}
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.elements = max([self.elements, *(x.numel() for x in torch.utils._pytree.tree_leaves(out) if isinstance(x, Tensor))])
+        return out
+
+
+@pytest.mark.parametrize("linear", [True, False], ids=["formula", "graph"])
+def test_nothing_is_larger_than_a_tile_of_logits(linear: bool) -> None:
+    tokens, vocabulary, tile = 512, 300, 16
+    layer, hidden = nn.Linear(4, vocabulary, bias=False), torch.randn(1, tokens, 4, requires_grad=True)
+    head = Head(layer.forward, tuple(layer.parameters()), linear)
+    with Largest() as seen:
+        value, output = tiled_head.tiled_loss(hidden, head, tile, torch.zeros(1, tokens, dtype=torch.long), None, Terms())
+        tiled_head.joined(value, output).backward()
+    assert seen.elements == tile * vocabulary
+
+
+def test_a_second_backward_is_refused() -> None:
+    layer = nn.Linear(D, V)
+    head = Head(layer.forward, tuple(layer.parameters()), True)
+    value, _ = tiled_head.tiled_loss(torch.randn(1, 4, D), head, 2, torch.zeros(1, 4, dtype=torch.long), None, Terms())
+    value.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="was given backward twice"):
+        value.backward()
+
+
+@pytest.mark.parametrize(
+    ("chunk", "vocabulary", "tokens", "tile"),
+    [
+        ("auto", 128_256, 16_384, 512),
+        ("auto", 128_256, 512, 0),
+        ("auto", 32_000, 8_192, 2_048),
+        ("auto", 10**9, 5, 1),
+        (0, 9, 9, 0),
+        (7, 9, 3, 7),
+    ],
+)
+def test_what_auto_is(chunk: Any, vocabulary: int, tokens: int, tile: int) -> None:
+    assert lm_head.tile_of(chunk, vocabulary, tokens) == tile
+
+
+def test_attached_in_tiles_is_undone_and_gives_the_same_loss() -> None:
+    model = selftest.tiny_model("llama")
+    before, forward = model(**BATCH), model.lm_head.forward
+    handle = attached(model, loss_chunk=5)
+    output = model(**BATCH)
+    assert output.logits is None
+    assert model(**BATCH, return_dict=False)[1] is None
+    torch.testing.assert_close(output.loss, before.loss, rtol=1e-5, atol=0)
+    assert model(**BATCH, return_logits=True).logits.shape == before.logits.shape
+    assert model(input_ids=BATCH["input_ids"]).logits.shape == before.logits.shape
+    handle.remove()
+    assert model.lm_head.forward == forward
+    assert "forward" not in vars(model.lm_head)
+    assert torch.equal(model(**BATCH).logits, before.logits)
+
+
+def test_what_a_model_does_to_its_logits_and_ds_cp_does_not_know_is_stopped() -> None:
+    model = selftest.tiny_model("llama")
+    model.lm_head.register_forward_hook(lambda module, args, output: output * 1.1)
+    attached(model, loss_chunk=5)
+    with pytest.raises(ValueError, match="does something to its logits before its loss"):
+        model(**BATCH)
+
+
+def test_logit_scaling_and_softcap_are_read_from_the_config() -> None:
+    config = selftest.tiny_model("granite").config
+    config.logits_scaling = 4.0
+    assert lm_head.scaling(config) == (0.25, None)
+    config = selftest.tiny_model("llama").config
+    assert lm_head.scaling(config) == (1.0, None)
+    config.final_logit_softcapping, config.logit_scale = 30.0, 0.5
+    assert lm_head.scaling(config) == (0.5, 30.0)
+
+
+@pytest.mark.parametrize("terms", [{"label_smoothing": 1.0}, {"label_smoothing": -0.1}, {"z_loss": -1.0}])
+def test_impossible_terms_are_refused(terms: dict[str, float]) -> None:
+    model = selftest.tiny_model("llama")
+    attached(model)
+    with pytest.raises(ValueError, match=r"label_smoothing must be in \[0, 1\)"):
+        model(**BATCH, **terms)
