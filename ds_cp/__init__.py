@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ds_cp.engine import data_parallel_size as data_parallel_size
     from ds_cp.engine import disabled as disabled
     from ds_cp.engine import initialize as initialize
+    from ds_cp.engine import token_logprobs as token_logprobs
     from ds_cp.engine import unshard as unshard
     from ds_cp.trainer import Trainer as Trainer
     from ds_cp.trainer import TrainerMixin as TrainerMixin
@@ -27,6 +28,7 @@ __all__ = [
     "data_parallel_size",
     "disabled",
     "initialize",
+    "token_logprobs",
     "unshard",
 ]
 

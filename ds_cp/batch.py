@@ -175,6 +175,13 @@ def count_targets(batch: Mapping[str, Any]) -> Tensor:
     return _count(targets, weights)
 
 
+def shifted_targets(batch: Mapping[str, Any]) -> Tensor:
+    """The targets of whole rows [B, S]: column j holds what stands at j + 1, -100 where there is no target."""
+    targets, _ = _targets(batch)
+    assert targets is not None
+    return targets
+
+
 def _tokens(batch: Mapping[str, Any]) -> Tensor:
     given = [(key, batch[key]) for key in ("input_ids", "inputs_embeds") if batch.get(key) is not None]
     if len(given) != 1:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import set_z3_leaf_module
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ds_cp import batch as batches
 from ds_cp import comm, factor, layout, mesh, preflight, topology
@@ -25,6 +26,7 @@ from ds_cp.loader import StepLoader
 from ds_cp.loss import CausalLMLoss
 from ds_cp.mesh import Mesh
 from ds_cp.models import attach, checks, lm_head
+from ds_cp.token_values import TokenValues, of_logits
 
 Source = str | os.PathLike[str] | Mapping[str, Any]
 
@@ -200,6 +202,53 @@ def unshard(x: Tensor) -> Tensor:
     if context is None:
         raise ValueError("unshard: this tensor does not come from a ds_cp model; pass out.logits itself, not a copy or a slice")
     return batches.unshard(comm.all_gather(x, context.mesh.seq.group), context)
+
+
+def token_logprobs(
+    engine: nn.Module, *, entropies: bool = False, temperature: float = 1.0, **batch: Any
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Log-probabilities of the tokens of whole rows, for DPO, GRPO and the like; logits are never whole.
+
+    Entry [b, j] is log p(labels[b, j] | what stands before j), fp32; 0 where the label is -100, in a row's first column and at
+    padding. Differentiable, with `unshard`'s convention: every rank computes the same loss from the whole rows and calls
+    `engine.backward`. Every rank of the sequence group must call it.
+
+    Args:
+        entropies: also give the entropy of the distribution that each of these tokens was drawn from.
+        temperature: divides the logits.
+        batch: what `engine(**batch)` takes. Without `labels` every token of `input_ids` is one; with `shift_labels` entry [b, j]
+            belongs to shift_labels[b, j] instead.
+
+    Returns:
+        [B, S], or two of them.
+
+    Raises:
+        ValueError: the temperature is not positive, or the batch has no tokens to take labels from.
+    """
+    if not temperature > 0:
+        raise ValueError(f"token_logprobs: temperature must be more than 0, got {temperature}")
+    batch = {k: v for k, v in batch.items() if v is not None}
+    if "labels" not in batch and "shift_labels" not in batch:
+        if "input_ids" not in batch:
+            raise ValueError("token_logprobs: give labels [B, S] with inputs_embeds")
+        mask = batch.get("attention_mask")
+        batch["labels"] = batch["input_ids"] if mask is None else batch["input_ids"].masked_fill(mask == 0, batches.IGNORE)
+    asked = TokenValues(entropies, temperature)
+    if attach.handle_of(engine) is None:
+        values = _values_of_one_process(engine, batch, asked)
+    else:
+        values = unshard(engine(**batch, token_values=asked).logits)
+    if "shift_labels" not in batch:  # from the token that predicts to the one that is predicted
+        values = functional.pad(values[:, :-1], (0, 0, 1, 0))
+    return (values[..., 0], values[..., 1]) if entropies else values[..., 0]
+
+
+def _values_of_one_process(engine: nn.Module, batch: dict[str, Any], asked: TokenValues) -> Tensor:
+    """[B, S, K] of a model whose rows are not shared (size 1)."""
+    inputs = {k: v for k, v in batch.items() if k not in ("labels", "shift_labels")}
+    logits = engine(**inputs, use_cache=False).logits.float()
+    targets = batches.shifted_targets(batch).to(logits.device)
+    return of_logits(logits.flatten(0, 1), targets.flatten(), asked).unflatten(0, targets.shape)
 
 
 def disabled(engine: nn.Module) -> AbstractContextManager[None]:

@@ -178,7 +178,7 @@ class Tiles:
         parts = torch.autograd.grad(self._output, wanted, dz, allow_unused=True)
         return (torch.zeros_like(x) if part is None else part for x, part in zip(wanted, parts, strict=True))
 
-    def gradients(self, factor: Tensor) -> Iterator[Tensor | None]:
+    def gradients(self, factor: Tensor | float) -> Iterator[Tensor | None]:
         """Of the hidden states and of each parameter, times `factor`; in the memory of the sums, so only once."""
         d_hidden = self._d_hidden
         yield None if d_hidden is None else d_hidden.mul_(factor).view(self.shape)
@@ -215,7 +215,7 @@ def _add_product_(total_VD: Tensor, dz_tV: Tensor, x_tD: Tensor) -> Tensor:
     return total_VD.addmm_(dz_tV.t().to(total_VD.dtype), x_tD.to(total_VD.dtype))
 
 
-def _scaled_(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+def _scaled_(x: Tensor, factor: Tensor | float, dtype: torch.dtype) -> Tensor:
     """x * factor in a dtype that is not wider, in x's own memory: what is written lies before what is still to be read."""
     if x.dtype == dtype:
         return x.mul_(factor)

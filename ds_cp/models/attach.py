@@ -120,7 +120,7 @@ class Handle:
         if context.census is not None:
             context.census.check(attention_modules(module))
             self._checked = True
-        output = self._head.end(output)
+        output = self._head.end(output, context)
         logits = getattr(output, "logits", None)
         if isinstance(logits, Tensor):
             setattr(logits, CONTEXT, context)

@@ -18,12 +18,13 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ds_cp.batch import SequenceContext
 from ds_cp.tiled_head import Head, Terms, joined, tiled_loss
+from ds_cp.token_values import TokenValues, token_values
 
 TILE_BYTES = 256 * 2**20
 """Of one tile's fp32 logits under "auto": at a vocabulary of 128,256 that is 512 tokens, enough for the matrix products to be bound
 by arithmetic, and together with the fp32 sum of the weight's gradient 1.4 GiB beyond what the plain loss needs for one token."""
 
-CALL_KEYS = ("label_smoothing", "z_loss", "return_logits")
+CALL_KEYS = ("label_smoothing", "z_loss", "return_logits", "token_values")
 PROBE_TOLERANCE = 0.03  # bf16 rounds once more in the model's own scaling; a scale that was missed is off by more
 
 
@@ -36,7 +37,9 @@ class Call:
     """0 where the logits stay whole."""
     targets: Tensor | None
     weights: Tensor | None
+    values: TokenValues | None = None
     local: Tensor | None = None
+    """What was computed: the local sum of the loss, or the values of single tokens."""
     expected: Tensor | None = None
     taken: bool = False
 
@@ -76,13 +79,26 @@ class Door:
         targets, tile = local.get("labels"), 0
         if targets is not None and self._plain is not None and not asked.get("return_logits"):
             tile = tile_of(self.chunk, vocabulary(self.module), targets.numel())
-        self._call = Call(terms, tile, targets, context.weights)
+        values = asked.get("token_values")
+        if values is not None:
+            assert targets is not None
+            if self._plain is None:
+                raise ValueError("token_logprobs: the model has no output head")
+            if self.chunk == 0 and is_composite(self.module) and any(hasattr(p, "ds_id") for p in self.module.parameters()):
+                raise ValueError(
+                    "token_logprobs: with an adapter on the output head and ZeRO-3 the head must be gathered as one; leave "
+                    'sequence_parallel.loss_chunk "auto"'
+                )
+            del local["labels"]  # the model then asks for no loss
+            tile = self.chunk if self.chunk not in ("auto", 0) else auto_tile(vocabulary(self.module))
+        self._call = Call(terms, tile, targets, context.weights, values)
 
     def loss_arguments(self, logits: Tensor, context: SequenceContext | None) -> dict[str, Any]:
         """For `CausalLMLoss`: the local sum if the head has computed it, and what a token's loss is made of."""
         call = self._call
         if call is None:
             return {}
+        assert call.values is None
         call.taken = True
         if call.local is None:
             return {"terms": call.terms}
@@ -90,11 +106,17 @@ class Door:
             _check_probe(logits, call.expected)
         return {"local": joined(call.local, logits)}
 
-    def end(self, output: Any) -> Any:
-        """The model's output without the stand-in for its logits."""
+    def end(self, output: Any, context: SequenceContext) -> Any:
+        """The model's output without the stand-in for its logits; with the values of single tokens in their place if asked for."""
         call, self._call = self._call, None
-        if call is None or call.local is None:
+        if call is None or (call.local is None and call.values is None):
             return output
+        if call.values is not None:
+            if call.local is None or output.logits.shape != call.expected.shape:
+                raise ValueError("model: its logits are not what its output head gave, so token_logprobs would be wrong for it")
+            if context.census is not None:
+                _check_probe(output.logits, call.expected)
+            return type(output)(**{**output, "logits": joined(call.local, output.logits)})
         if not call.taken:
             raise ValueError(
                 "model: it did not hand its logits to its loss_function, so a tiled loss would be lost; set "
@@ -111,7 +133,10 @@ class Door:
         tile, call.tile = call.tile, 0  # once a call
         _refuse_leaf_without_input_gradient(self.module, hidden)
         head = Head(self._plain, tuple(self.module.parameters()), _is_linear(self.module, self._plain), self._scale, self._softcap)
-        call.local, output = tiled_loss(hidden, head, tile, call.targets, call.weights, call.terms)
+        if call.values is not None:
+            call.local, output = token_values(hidden, head, tile, call.targets, call.values)
+        else:
+            call.local, output = tiled_loss(hidden, head, tile, call.targets, call.weights, call.terms)
         call.expected = head.score_(output.detach().to(torch.float32, copy=True))
         return output
 

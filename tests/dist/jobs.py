@@ -224,6 +224,49 @@ def unshard_nothing(block: dict[str, Any]) -> None:
     ds_cp.unshard(engine(**rows(1, 30)[0]).logits)
 
 
+def token_values_errors(
+    block: dict[str, Any], stage: int, batch: dict[str, Any], entropies: bool = True, temperature: float = 1.0, low_rank: bool = False
+) -> tuple[float, float, str]:
+    """Errors of whole rows' values, and of the worst gradient of a loss made of them, against HF's logits in one process."""
+    generator = torch.Generator().manual_seed(7)
+    weights = torch.randn(2, *batch["input_ids"].shape, generator=generator)
+    alone, model = (selftest.tiny_model("llama") for _ in range(2))
+    for each in (alone, model) if low_rank else ():
+        each.lm_head = LowRank(each.lm_head)
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    log_p = torch.log_softmax(alone(**inputs, use_cache=False).logits / temperature, -1)[:, :-1]
+    labels = batch.get("labels", batch["input_ids"].masked_fill(batch.get("attention_mask", torch.ones(1)) == 0, IGNORE))
+    targets = labels[:, 1:]
+    if "attention_mask" in batch:  # ds_cp does not predict from padding
+        targets = targets.masked_fill(batch["attention_mask"][:, :-1] == 0, IGNORE)
+    picked = log_p.gather(2, targets.clamp(min=0).unsqueeze(2)).squeeze(2)
+    wanted = [picked, -(log_p.exp() * log_p).sum(2)][: 1 + entropies]
+    wanted = [torch.nn.functional.pad(x.masked_fill(targets == IGNORE, 0.0), (1, 0)) for x in wanted]
+    sum((x * w).sum() for x, w in zip(wanted, weights, strict=False)).backward()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=selftest.LR)
+    engine, *_ = ds_cp.initialize(model=model, optimizer=optimizer, config=selftest.ds_config(stage, block))
+    got = ds_cp.token_logprobs(engine, entropies=entropies, temperature=temperature, **batch)
+    got = got if entropies else (got,)
+    engine.backward(sum((x * w).sum() for x, w in zip(got, weights, strict=False)))
+    engine.step()
+    after = selftest.full_parameters(engine.module)
+    selftest.finish(engine)
+    gradients = {name: (before[name] - after[name]) / selftest.LR for name in before}
+    references = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in alone.named_parameters()}
+    name, gradient = selftest.compare(0.0, gradients, 0.0, references).worst
+    values = max(float((x - y).detach().abs().max() / y.detach().abs().max()) for x, y in zip(got, wanted, strict=True))
+    return values, gradient, name
+
+
+def values_without_sharding() -> bool:
+    """Size 1: the same function, from whole logits."""
+    model, batch = selftest.tiny_model("llama"), rows(1, 30)[0]
+    values, entropies = ds_cp.token_logprobs(model, entropies=True, **batch)
+    losses = torch.nn.functional.cross_entropy(model(**batch).logits[0, :-1], batch["labels"][0, 1:], reduction="none")
+    return torch.allclose(values[0, 1:], -losses, rtol=1e-5) and not values[0, 0] and bool((entropies[0, 1:] > 0).all())
+
+
 def gathers(block: dict[str, Any]) -> int:
     """All-gathers of a whole ZeRO-3 step."""
     engine, _ = started(block, stage=3)

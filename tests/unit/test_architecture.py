@@ -46,6 +46,7 @@ IMPORTS = _table(
         "attention": "ring tiles comm batch",
         "delta": "comm batch",
         "tiled_head": "batch",
+        "token_values": "batch tiled_head",
         "loss": "comm mesh",
         "loader": "comm batch mesh",
         "models": "batch attention delta loss",
@@ -64,7 +65,8 @@ BEYOND = _table(
         "attention": "topology",  # the head split: a pure function that every rank calls alike
         "ring": "kernels.merge kernels.attention",  # merging; the type of what sums dq
         "loss": "batch tiled_head",  # SequenceContext and IGNORE; what a token's loss is made of
-        "models": "comm mesh tiled_head",  # the same-row check; the head
+        "models": "comm mesh tiled_head token_values",  # the same-row check; the head
+        "engine": "token_values",  # the public function
         "trainer": "batch comm config factor mesh",  # reads the block, counts targets and verifies the factor as engine does
         "cli": "topology layout models",  # what `check` resolves: sizes, padding, a model's heads; there is no planner yet
     }

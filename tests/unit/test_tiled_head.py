@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ds_cp import selftest, tiled_head
+from ds_cp import selftest, tiled_head, token_values
 from ds_cp.batch import IGNORE
 from ds_cp.models import lm_head
 from ds_cp.tiled_head import Head, Terms
+from ds_cp.token_values import TokenValues
 from tests.unit.test_models import attached
 
 T, D, V = 23, 8, 17
@@ -54,6 +55,28 @@ def test_loss_and_gradients_are_those_of_whole_logits(dtype: torch.dtype, linear
         for ours, reference in pairs:
             assert float((ours.double() - reference).abs().max() / reference.abs().max()) <= TOLERANCE[dtype]
         assert {p.grad.dtype for p in (hidden, *layer.parameters())} == {dtype}
+
+
+@pytest.mark.parametrize("tile", [1, 7, 100])
+@pytest.mark.parametrize("entropies", [False, True])
+def test_values_of_tokens_are_those_of_whole_logits(entropies: bool, tile: int) -> None:
+    """The graph path draws its dropout again in backward."""
+    asked, targets = TokenValues(entropies, temperature=0.7), torch.randint(0, V, (1, T))
+    targets[0, 3:12] = IGNORE
+    weights = torch.randn(1, T, 1 + entropies, dtype=torch.float64)
+    for linear, dropout in ((True, 0.0), (False, 0.0), (False, 0.5)):
+        layer, hidden = nn.Linear(D, V).double(), torch.randn(1, T, D, dtype=torch.float64, requires_grad=True)
+        forward = layer.forward if linear else nn.Sequential(nn.Dropout(dropout), layer)
+        head = Head(forward, tuple(layer.parameters()), linear, 0.5, 3.0)
+        inputs = (hidden, *layer.parameters())
+        torch.manual_seed(1)
+        got, _ = token_values.token_values(hidden, head, T if dropout else tile, targets, asked)
+        ours = torch.autograd.grad((got * weights).sum(), inputs)
+        torch.manual_seed(1)
+        z = head.softcap * torch.tanh(forward(hidden)[0] * head.scale / head.softcap)
+        wanted = token_values.of_logits(z, targets[0], asked).unsqueeze(0)
+        torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(ours, torch.autograd.grad((wanted * weights).sum(), inputs), rtol=1e-10, atol=1e-12)
 
 
 class Largest(TorchDispatchMode):

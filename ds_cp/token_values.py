@@ -1,0 +1,113 @@
+"""Log-probabilities and entropies of single tokens, from a head whose logits are never whole: memory O(T).
+
+With z the logits of a token over the temperature, p = softmax(z), y the target, and g, h what backward receives for the two values:
+
+    log p_y = z_y - lse(z)                      dz  = g (onehot(y) - p)
+    H = - sum_v p_v log p_v                     dz += - h p (log p + H)
+
+g and h are not known in the forward pass, so backward computes each tile's logits again.
+
+T local tokens, t tokens of one tile, D hidden size, V vocabulary, K values of a token (1, or 2 with entropies).
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import get_device_states, set_device_states
+
+from ds_cp.batch import IGNORE
+from ds_cp.tiled_head import Head, Tiles
+
+
+@dataclass(frozen=True)
+class TokenValues:
+    """What is asked of every token that has a target."""
+
+    entropies: bool = False
+    temperature: float = 1.0
+
+
+def token_values(hidden_1TD: Tensor, head: Head, tile: int, targets_1T: Tensor, asked: TokenValues) -> tuple[Tensor, Tensor]:
+    """([1, T, K] in fp32, zeros where there is no target; the head's own output for the first token, as in `tiled_loss`).
+
+    Args:
+        hidden_1TD: what the model gives its head. tile: tokens at a time, any number from 1.
+        targets_1T: shifted targets of the local tokens, -100 for none.
+    """
+    return _TokenValues.apply(hidden_1TD, head, tile, targets_1T.flatten(), asked, *head.parameters)
+
+
+def of_logits(z_tV: Tensor, targets_t: Tensor, asked: TokenValues) -> Tensor:
+    """The same [t, K] of whole logits, differentiable."""
+    log_p = torch.log_softmax(z_tV / asked.temperature, -1)
+    valid = targets_t != IGNORE
+    values = [log_p.gather(1, targets_t.clamp(min=0).unsqueeze(1)).squeeze(1)]
+    values += [torch.special.entr(log_p.exp()).sum(1)] if asked.entropies else []
+    return torch.stack(values, -1).masked_fill(~valid.unsqueeze(1), 0.0)
+
+
+class _TokenValues(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, head, tile, targets, asked, *parameters):
+        ctx.asked = hidden, head, tile, targets, asked
+        ctx.again = _Again(hidden, head)
+        tiles = Tiles(hidden, head, tile, [False] * (1 + len(parameters)))
+        values = [of_logits(tiles.logits(rows), targets[rows], asked) for rows in tiles]
+        return torch.cat(values).unsqueeze(0), tiles.first
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        hidden, head, tile, targets, asked = ctx.asked
+        needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[5:]]
+        with ctx.again:
+            tiles = Tiles(hidden, head, tile, needs)
+            for rows in tiles:
+                z = tiles.logits(rows)
+                tiles.add(rows, _gradient_(z, targets[rows], grad[0, rows].to(z.dtype), asked))
+        d_hidden, *d_parameters = tiles.gradients(1.0)
+        return d_hidden, None, None, None, None, *d_parameters
+
+
+def _gradient_(z: Tensor, targets: Tensor, grad_tK: Tensor, asked: TokenValues) -> Tensor:
+    """dz, in the memory of z."""
+    grad = grad_tK.masked_fill((targets == IGNORE).unsqueeze(1), 0.0)
+    z.div_(asked.temperature)
+    log_p = z.sub_(z.logsumexp(1, keepdim=True))
+    g = grad[:, :1]
+    if asked.entropies:
+        p = log_p.exp()
+        entropy = torch.special.entr(p).sum(1, keepdim=True)
+        dz = log_p.add_(entropy).mul_(grad[:, 1:]).add_(g).mul_(p).neg_()
+    else:
+        dz = log_p.exp_().mul_(-g)
+    return dz.scatter_add_(1, targets.clamp(min=0).unsqueeze(1), g).div_(asked.temperature)
+
+
+class _Again:
+    """The state of random numbers and autocast in which a head that is not one product was computed, to compute it again."""
+
+    def __init__(self, hidden: Tensor, head: Head) -> None:
+        device = hidden.device.type
+        self._autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+        self._random = None if head.linear else (torch.get_rng_state(), *get_device_states(hidden))
+
+    def __enter__(self) -> None:
+        device, dtype, enabled = self._autocast
+        self._inside: list[AbstractContextManager[Any]] = [torch.autocast(device, dtype=dtype, enabled=enabled), nullcontext()]
+        if self._random is not None:
+            cpu, devices, states = self._random
+            self._inside[1] = torch.random.fork_rng(devices=devices)
+        for context in self._inside:
+            context.__enter__()
+        if self._random is not None:
+            torch.set_rng_state(cpu)
+            set_device_states(devices, states)
+
+    def __exit__(self, *error: Any) -> None:
+        for context in reversed(self._inside):
+            context.__exit__(*error)
