@@ -6,6 +6,7 @@ Shapes: S tokens, C channels, W width, K key heads, V value heads, H key head si
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from itertools import accumulate, pairwise
 
 import pytest
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers.models.qwen3_5.modeling_qwen3_5 import torch_chunk_gated_delta_rule
 
-from ds_cp.kernels import delta
+from ds_cp.kernels import affine, delta
 from ds_cp.kernels.delta import Shapes, Span, reference
 
 SHAPES = Shapes(key_heads=2, value_heads=4, key_size=8, value_size=6, conv_width=4, activation="silu")
@@ -207,3 +208,63 @@ def test_an_unknown_kernel_is_refused_with_those_there_are() -> None:
 def test_what_no_kernel_computes_is_refused(change: dict, words: str | None) -> None:
     reason = reference.unsupported(dataclasses.replace(SHAPES, **change), "cpu", torch.float32, passing=False)
     assert reason is None if words is None else words in reason
+
+
+@pytest.mark.parametrize(
+    ("capability", "triton", "tilelang", "refused"),
+    [
+        (9, "3.3.1", False, False),
+        (9, "3.4.0", False, True),
+        (9, "3.6.0", False, True),
+        (9, "3.7.0+git1234", False, True),
+        (9, "3.7.1", False, False),
+        (9, "3.10.0", False, False),
+        (9, "3.6.0", True, False),
+        (8, "3.6.0", False, False),
+        (10, "3.6.0", False, False),
+    ],
+)
+def test_where_fla_refuses_its_backward_is_known_before_training(
+    capability: int, triton: str, tilelang: bool, refused: bool
+) -> None:
+    reason = delta.hopper_reason(capability, triton, tilelang)
+    assert (reason is not None) == refused
+    assert reason is None or 'pip install "tilelang' in reason
+
+
+def test_without_fla_the_refusal_names_what_to_install() -> None:
+    if importlib.util.find_spec("fla") is not None:
+        assert delta.resolve("auto", "cuda").__name__.endswith("fla")
+        return
+    with pytest.raises(ValueError, match=r"delta_kernel: 'fla' cannot be loaded here: .*pip install \"flash-linear-attention"):
+        delta.resolve("auto", "cuda")
+
+
+# Composing maps of the state
+
+
+@given(st.integers(1, 9), st.integers(0, 100))
+def test_prefixes_are_the_maps_one_after_another(maps: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    n = torch.randn(maps, 2, 3, 4, generator=generator, dtype=torch.float64)
+    m = torch.randn(maps, 2, 3, 3, generator=generator, dtype=torch.float64) / 2
+    m[seed % maps] = 0.0
+    found_n, found_m = affine.prefixes(n, m)
+    for index in range(maps):
+        assert worst([found_n[index]], [affine.final(n[: index + 1], m[: index + 1])]) <= 1e-12
+        product = torch.eye(3, dtype=torch.float64).expand(2, 3, 3)
+        for step in m[: index + 1]:
+            product = step @ product
+        assert (found_m[index] - product).abs().max() <= 1e-12
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=8), st.sampled_from([64, 128, 192]))
+def test_documents_are_cut_into_whole_chunks(lengths: list[int], tokens: int) -> None:
+    documents = bounds(lengths)
+    segments, continues = affine.cut(documents, tokens, multiple=64)
+    assert len(continues) == len(segments) - 1
+    starts = [start for start, goes_on in zip(segments, continues, strict=False) if not goes_on]
+    assert starts == list(documents[:-1])
+    for (start, end), goes_on in zip(pairwise(segments), (*continues[1:], False), strict=True):
+        assert 0 < end - start <= tokens
+        assert not goes_on or (end - start) % 64 == 0

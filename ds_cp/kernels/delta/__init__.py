@@ -18,7 +18,7 @@ import importlib
 import pkgutil
 from bisect import bisect_right
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -49,6 +49,8 @@ class Span:
     """The same as int64 on the device, put there once a batch; None: a kernel that needs it makes its own."""
     passing: Passing | None = None
     """None: every document begins and ends here."""
+    plans: dict[Any, Any] = field(default_factory=dict, repr=False)
+    """What a kernel works out from the documents, once a batch."""
 
     def __post_init__(self) -> None:
         assert self.documents[0] == 0, self.documents
@@ -124,6 +126,17 @@ def shapes_reason(shapes: Shapes) -> str | None:
     if shapes.activation not in ACTIVATIONS:
         return f"the convolution's activation is {shapes.activation!r}; it can be one of {list(ACTIVATIONS)}"
     return None
+
+
+def hopper_reason(capability: int, triton: str, tilelang: bool) -> str | None:
+    """Why fla would refuse the backward on a GPU of this major compute capability, in the middle of training, or None."""
+    release = tuple(int(part) for part in triton.split("+")[0].split(".")[:3])
+    if capability != 9 or tilelang or not (3, 4) <= release < (3, 7, 1):
+        return None
+    return (
+        f"on Hopper under Triton {triton} fla's backward needs tilelang (Triton 3.4 to 3.7.0 compute it wrong): "
+        'pip install "tilelang>=0.1.9", or a PyTorch whose Triton is 3.7.1 or newer'
+    )
 
 
 def names() -> list[str]:

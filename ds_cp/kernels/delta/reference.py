@@ -38,6 +38,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ds_cp.kernels import affine
 from ds_cp.kernels.delta import Passing, Shapes, Span, shapes_reason
 
 CHUNK = 64
@@ -114,10 +115,8 @@ def states(u_VPLG: Tensor, w_VPLH: Tensor, z_VPLH: Tensor, decay_VP11: Tensor, s
 def incoming_state(mine_VHX: Tensor, value_size: int, passing: Passing) -> Tensor:
     """The state before this piece, [V, H, G], from everybody's [N | M]; 0 where its first document begins here."""
     n_RVHG, m_RVHH = passing.gather(mine_VHX).split([value_size, mine_VHX.shape[1]], -1)
-    state = n_RVHG[:0].sum(0)
-    for rank in range(passing.rank if passing.before else 0):
-        state = n_RVHG[rank] + m_RVHH[rank] @ state
-    return state
+    ranks = slice(passing.rank if passing.before else 0)
+    return affine.final(n_RVHG[ranks], m_RVHH[ranks])
 
 
 def _halo(x_SC: Tensor, width: int, passing: Passing | None) -> Tensor:
