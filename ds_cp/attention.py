@@ -39,7 +39,7 @@ def attend(q_1NTH: Tensor, k_1MTH: Tensor, v_1MTH: Tensor, context: SequenceCont
         ValueError: the kernel cannot compute these inputs (the same on every rank, before any communication).
     """
     q_TNH, k_TMH, v_TMH = (x.squeeze(0).transpose(0, 1) for x in (q_1NTH, k_1MTH, v_1MTH))
-    reason = context.methods.attention.unsupported(q_TNH, k_TMH, v_TMH, context.tiles[0][0])
+    reason = context.methods.attention.unsupported(q_TNH, k_TMH, v_TMH, context.plan.steps[0][0])
     if reason is not None:
         name = context.methods.attention.__name__.split(".")[-1]
         raise ValueError(f"sequence_parallel.attention_kernel: {name}: {reason}")

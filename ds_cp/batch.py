@@ -52,7 +52,7 @@ class Methods:
 
     attention: Kernel
     layout: str
-    """"zigzag" or "contiguous"."""
+    """A layout of `ds_cp.layout`; "auto" goes by each row's documents."""
     gathered: bool
     """The ring gathers keys and values at once instead of passing them on (`ring_impl: allgather`)."""
 
@@ -64,7 +64,7 @@ class SequenceContext:
     mesh: Mesh
     methods: Methods
     layout: Layout
-    tiles: tuple[tuple[tiles.Tile, ...], ...]
+    plan: tiles.Plan
     documents: tuple[int, ...]
     rows: Rows
     targets: Tensor | None
@@ -98,7 +98,7 @@ def prepare(
     tokens = _tokens(batch)
     _check_shapes(batch, tokens)
     rows, documents = _stream(batch, tokens)
-    plan = layouts.build(methods.layout, rows.tokens, mesh.ring.size, mesh.ulysses.size)
+    plan = layouts.build(methods.layout, rows.tokens, mesh.ring.size, mesh.ulysses.size, documents)
     documents = _with_padding(documents, plan.length)
     targets, weights = _targets(batch)
     _check_padding_has_no_targets(targets, batch, rows)
@@ -117,7 +117,7 @@ def prepare(
         mesh=mesh,
         methods=methods,
         layout=plan,
-        tiles=_tiles(plan, mesh, documents, methods.gathered, device),
+        plan=_tiles(plan, mesh, documents, methods.gathered, device),
         documents=documents,
         rows=rows,
         targets=None if targets is None else _count(targets, weights).to(device, non_blocking=True),
@@ -127,14 +127,15 @@ def prepare(
     return out, context
 
 
-def _tiles(plan: Layout, mesh: Mesh, documents: tuple[int, ...], gathered: bool, device: torch.device) -> Any:
+def _tiles(plan: Layout, mesh: Mesh, documents: tuple[int, ...], gathered: bool, device: torch.device) -> tiles.Plan:
     """This rank's tiles; where kernels read document boundaries on a device, they are put there now, not in every layer."""
-    steps = (tiles.plan_gathered if gathered and plan.ring > 1 else tiles.plan)(plan, mesh.ring.rank, documents)
+    found = (tiles.plan_gathered if gathered else tiles.plan)(plan, mesh.ring.rank, documents)
     if device.type == "cpu":
-        return steps
-    (own,), *rest = steps
+        return found
+    (own,), *rest = found.steps
     bounds = torch.tensor(own.documents, dtype=torch.int32, pin_memory=device.type == "cuda")
-    return (replace(own, cu_seqlens=bounds.to(device, non_blocking=True)),), *rest
+    own = replace(own, cu_seqlens=bounds.to(device, non_blocking=True))
+    return replace(found, steps=((own,), *rest))
 
 
 def shard(x_BS: Tensor, rows: Rows, plan: Layout, mesh: Mesh, fill: float) -> Tensor:

@@ -39,14 +39,15 @@ def check(
         Console(stderr=True).print(f"[red]refused:[/red] {error}", soft_wrap=True)
         raise typer.Exit(1) from None
     table = Table("setting", "in this job")
-    name = layout.resolve(block.layout)
+    padding = layout.pad_multiple(block.layout, degrees.ring, degrees.ulysses)
+    most = layout.most_padding(block.layout, degrees.ring, degrees.ulysses)
     for setting, value in {
         "size": degrees.size,
         "ulysses_size": degrees.ulysses,
         "ring_size": degrees.ring,
         "data-parallel replicas": degrees.data,
-        "layout": name,
-        "rows are padded to a multiple of": layout.pad_multiple(name, degrees.ring, degrees.ulysses),
+        "layout": layout.describe(block.layout),
+        "rows are padded to a multiple of": padding if padding == most else f"{padding}; packed rows of up to {most}",
     }.items():
         table.add_row(setting, str(value))
     Console().print(table)

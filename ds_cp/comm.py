@@ -79,26 +79,35 @@ def all_sum(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 
 class Hop:
-    """A posted exchange with the two ring neighbours; `wait()` returns what came in.
+    """A posted exchange between ranks of a ring; after `wait()` every tensor of `received` holds what its sender sent.
 
-    Shards: `x_i` of one shape on all ranks. Result: `y_i = x_(i - 1 mod w)`, in `received`. Neither tensor may change, and
-    `received` not be read, before `wait`. NCCL moves it on a stream of its own, which first waits for what the current stream
-    was given before this call; `wait` makes the current stream wait, not the host.
+    Shards: `sent` are pairs (contiguous tensor, receiver), `received` pairs (contiguous tensor, sender), by rank in the group; what
+    two ranks send each other is matched in the order of posting. A rank with nothing to send or receive need not call it. No tensor
+    may change, and none of `received` be read, before `wait`. NCCL moves them on a stream of its own, which first waits for what
+    the current stream was given before this call; `wait` makes the current stream wait, not the host.
     """
 
-    def __init__(self, x: Tensor, received: Tensor, group: dist.ProcessGroup, ranks: tuple[int, ...], rank: int, what: str) -> None:
-        assert x.is_contiguous()
-        assert received.is_contiguous()
-        assert x.shape == received.shape
-        self._what = f"{what} hop from rank {ranks[rank - 1]} to rank {ranks[rank]}"
-        self._sent = x  # kept alive until the work is done
-        self._received = received
-        send = dist.P2POp(dist.isend, x, ranks[(rank + 1) % len(ranks)], group)
-        receive = dist.P2POp(dist.irecv, received, ranks[rank - 1], group)
-        self._work = dist.batch_isend_irecv([send, receive])
+    def __init__(
+        self,
+        sent: Sequence[tuple[Tensor, int]],
+        received: Sequence[tuple[Tensor, int]],
+        group: dist.ProcessGroup,
+        ranks: tuple[int, ...],
+        rank: int,
+        what: str,
+    ) -> None:
+        assert all(x.is_contiguous() for x, _ in (*sent, *received))
+        self._what = "; ".join(
+            [f"{what} hop from rank {ranks[peer]} to rank {ranks[rank]}" for _, peer in received]
+            or [f"{what} hop from rank {ranks[rank]} to rank {ranks[peer]}" for _, peer in sent]
+        )
+        self._sent = sent  # kept alive until the work is done
+        sends = [dist.P2POp(dist.isend, x, ranks[peer], group) for x, peer in sent]
+        receives = [dist.P2POp(dist.irecv, x, ranks[peer], group) for x, peer in received]
+        self._work = dist.batch_isend_irecv(sends + receives) if sends or receives else []
 
-    def wait(self) -> Tensor:
-        """The neighbour's tensor; what was sent may be overwritten from now on.
+    def wait(self) -> None:
+        """What was sent may be overwritten from now on, what was received be read.
 
         Raises:
             RuntimeError: it did not come within `comm_timeout_s`, or the neighbour is gone.
@@ -108,7 +117,6 @@ class Hop:
                 work.wait()
         except RuntimeError as error:
             raise RuntimeError(f"ds_cp: the {self._what} failed: {error}") from error
-        return self._received
 
 
 class Gather:

@@ -35,7 +35,8 @@ class Config(BaseModel):
     ring_size: Degree | Auto = "auto"
     """Degree of ring attention. ulysses_size * ring_size must be size."""
     layout: Literal["auto", "zigzag", "balanced", "zigzag_documents", "contiguous"] = "auto"
-    """How a row's chunks are given to ring ranks. "auto" is zigzag."""
+    """How a row's chunks are given to ring ranks. zigzag balances one document, balanced any documents. "auto" is zigzag for a row
+    of one document and balanced for packed rows."""
     linear_attention: Literal["auto", "heads", "state"] = "auto"
     """How Gated DeltaNet layers are sharded."""
     ring_impl: Literal["p2p", "allgather"] = "p2p"
@@ -88,7 +89,7 @@ class Config(BaseModel):
 
 
 THIS_VERSION: Mapping[str, tuple[Any, ...]] = {
-    "layout": ("auto", "zigzag", "contiguous"),
+    "layout": ("auto", "zigzag", "balanced", "contiguous"),
     "linear_attention": ("auto",),
     "attention_head_chunks": ("auto", 1),
     "profile": (False,),

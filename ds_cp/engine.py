@@ -140,7 +140,7 @@ def attach_model(model: nn.Module, block: Config, mesh_: Mesh, divisor: Callable
 
 def methods_of(block: Config) -> Methods:
     """How layers are computed, every "auto" resolved."""
-    return Methods(attention=kernel_of(block), layout=layout.resolve(block.layout), gathered=block.ring_impl == "allgather")
+    return Methods(attention=kernel_of(block), layout=block.layout, gathered=block.ring_impl == "allgather")
 
 
 def kernel_of(block: Config) -> Kernel:
@@ -171,7 +171,7 @@ def print_table(block: Config, mesh_: Mesh, model: nn.Module) -> None:
         "size": degrees.size,
         "ulysses_size": degrees.ulysses,
         "ring_size": degrees.ring,
-        "layout": layout.resolve(block.layout),
+        "layout": layout.describe(block.layout),
         "attention_kernel": choice.describe(kernel_of(block)),
         "ring_impl": block.ring_impl,
         "loss_reduction": "token_mean if counted, else mean" if block.loss_reduction == "auto" else block.loss_reduction,

@@ -8,12 +8,16 @@ kept in ascending order; inside a ring rank the Ulysses ranks hold consecutive e
     ring 1 | chunk 1 | chunk 2 |      causal work 2 + 3
 
 `zigzag` pairs an early chunk with a late one (Zhu, ring-flash-attention, 2024; also Megatron-LM's context parallelism),
-so every ring rank has the same causal work for one document. `contiguous` gives rank r the r-th part.
+so every ring rank has the same causal work for one document. `balanced` does that for packed rows: `balance` has the rule.
+`contiguous` gives rank r the r-th part.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from ds_cp import balance
 
 Range = tuple[int, int]
 """Half-open range of tokens [start, end) of the row."""
@@ -46,23 +50,48 @@ class Layout:
         return _cut(self.ring_ranges(ring_rank), ulysses_rank * piece, (ulysses_rank + 1) * piece)
 
 
-def resolve(name: str) -> str:
-    """The layout that "auto" stands for."""
-    return "zigzag" if name == "auto" else name
+def resolve(name: str, documents: Sequence[int]) -> str:
+    """The layout of a row of these documents (cu_seqlens without the padding): "auto" is zigzag for one, balanced for several."""
+    if name != "auto":
+        return name
+    return "zigzag" if len(documents) <= 2 else "balanced"
 
 
-def chunk_count(name: str, ring: int) -> int:
-    """Chunks that layout `name` cuts a row into."""
-    return 2 * ring if name == "zigzag" and ring > 1 else ring
+def describe(name: str) -> str:
+    """What the config's layout means for a run, in a phrase."""
+    return "zigzag; balanced for packed rows" if name == "auto" else name
 
 
-def pad_multiple(name: str, ring: int, ulysses: int) -> int:
+def chunk_count(name: str, ring: int, m: int = 1) -> int:
+    """Chunks that layout `name` cuts a row into; `m` is that of balanced."""
+    return {"zigzag": 2, "auto": 2, "balanced": 2 * m}.get(name, 1) * ring if ring > 1 else 1
+
+
+def pad_multiple(name: str, ring: int, ulysses: int, m: int = 1) -> int:
     """A row's length is padded up to a multiple of this."""
-    return chunk_count(name, ring) * ulysses
+    return chunk_count(name, ring, m) * ulysses
 
 
-def build(name: str, tokens: int, ring: int, ulysses: int) -> Layout:
-    """The layout of a row of `tokens` tokens, padded up at its end; a row shorter than the ranks is padded too."""
+def most_padding(name: str, ring: int, ulysses: int) -> int:
+    """The largest such multiple that a packed row may get."""
+    return pad_multiple("balanced" if name == "auto" else name, ring, ulysses, balance.LARGEST_M)
+
+
+def build(
+    name: str, tokens: int, ring: int, ulysses: int, documents: Sequence[int] = (), windows: Sequence[balance.Window] = (None,)
+) -> Layout:
+    """The layout of a row of `tokens` tokens, padded up at its end; a row shorter than the ranks is padded too.
+
+    Args:
+        documents: cu_seqlens of the row without its padding; none given: one document.
+        windows: of the model's attention layers, as `balance.assign` takes them.
+    """
+    documents = documents or (0, tokens)
+    assert documents[-1] == tokens
+    name = resolve(name, documents)
+    if name == "balanced" and ring > 1:
+        found = balance.assign(documents, ring, ulysses, windows)
+        return Layout(chunk=found.chunk, chunks=found.chunks, ulysses=ulysses)
     count = chunk_count(name, ring)
     multiple = count * ulysses
     chunk = max(-(-tokens // multiple), 1) * ulysses
@@ -75,8 +104,8 @@ def gathered_order(layout: Layout) -> tuple[Range, ...]:
     return tuple(span for r in range(layout.ring) for u in range(layout.ulysses) for span in layout.local_ranges(r, u))
 
 
-def gathered_place(layout: Layout, chunk: int) -> int:
-    """Where `chunk` stands, counted in chunks, when every rank's chunks are gathered slot by slot, the last slot first.
+def gathered_places(layout: Layout) -> list[int]:
+    """Where each chunk stands, counted in chunks, when every rank's chunks are gathered slot by slot, the last slot first.
 
     Under zigzag the later slot has the row's second half backwards and the first slot its first half forwards:
 
@@ -84,9 +113,12 @@ def gathered_place(layout: Layout, chunk: int) -> int:
 
     so that all chunks before a given one stand side by side, whichever it is.
     """
-    rank = next(rank for rank, mine in enumerate(layout.chunks) if chunk in mine)
-    slots = len(layout.chunks[rank])
-    return (slots - 1 - layout.chunks[rank].index(chunk)) * layout.ring + rank
+    slots = len(layout.chunks[0])
+    places = [0] * (slots * layout.ring)
+    for rank, mine in enumerate(layout.chunks):
+        for slot, chunk in enumerate(mine):
+            places[chunk] = (slots - 1 - slot) * layout.ring + rank
+    return places
 
 
 def _cut(ranges: tuple[Range, ...], start: int, end: int) -> tuple[Range, ...]:

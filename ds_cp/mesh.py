@@ -49,6 +49,8 @@ def build(topology: Topology, timeout_s: int) -> Mesh:
     assert dist.get_world_size() == topology.world, (dist.get_world_size(), topology)
     atexit.register(_end_gloo)
     axes = {axis: _axis(topology, axis, datetime.timedelta(seconds=timeout_s)) for axis in AXES}
+    if axes["ring"].group is not None:  # NCCL wants all ranks of a group in its first call; a hop may have some of them only
+        dist.barrier(group=axes["ring"].group)
     return Mesh(topology=topology, **axes)
 
 

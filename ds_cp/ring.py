@@ -4,7 +4,10 @@ Source: Liu et al., Ring Attention with Blockwise Transformers, 2023. At ring ra
 
     forward   step s: post hop of (k, v); tiles of block r - s; merge (out, lse) in fp32; wait
     backward  step s: post hop of (k, v); tiles of block r - s with the MERGED out and lse;
-              dq stays, (dk, dv) = mine + what came in, post hop of (dk, dv); after step R - 1 that hop brings it home
+              dq stays, (dk, dv) = mine + what came in, post hop of (dk, dv); from the block's last step it goes home
+
+A block travels no further than the last rank that needs any of it (`Plan.reach`, from integers, the same on every rank): with one
+document that is R - 1 hops, with documents that no rank shares none.
 
 `ring_impl: allgather` (as in Llama 3's training, Dubey et al., 2024) has two steps: the own chunks, while everybody's (k, v) are
 gathered, then each own chunk against all that stands before it; (dk, dv) go home in one reduce-scatter. Fewer and larger kernel
@@ -33,6 +36,9 @@ from ds_cp.tiles import Tile
 Block = Tensor | tuple[Tensor, Tensor]
 """[2, keys, M, H], or the pair (k, v)."""
 
+Sends = list[tuple[Tensor, int]]
+"""Tensors with the ring rank that each goes to or comes from."""
+
 
 class RingAttention(torch.autograd.Function):
     """Attention of a ring rank's tokens to the whole row.
@@ -55,7 +61,7 @@ class RingAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout_SNH: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        context, steps = ctx.context, ctx.context.tiles
+        context, steps = ctx.context, ctx.context.plan.steps
         if len(steps) == 1:
             grads = context.methods.attention.backward(dout_SNH, q, k, v, out, lse, steps[0][0], ctx.scale)
             return *grads, None, None
@@ -114,7 +120,7 @@ class _Pull:
         self._dq: Tensor | None = None
         self._parts: list[tuple[int, Tensor]] = []
         self._sums: dict[tuple[int, int], Accumulator | None] = {}
-        self._left = Counter((tile.q_start, tile.q_end) for tiles in context.tiles[1:] for tile in tiles)
+        self._left = Counter((tile.q_start, tile.q_end) for tiles in context.plan.steps[1:] for tile in tiles)
 
     def tile(self, block: Block, tile: Tile) -> Block:
         """(dk, dv) of one tile."""
@@ -157,22 +163,38 @@ class _Pull:
 
 
 def _backward_hops(pull: _Pull, k: Tensor, v: Tensor, context: SequenceContext) -> Tensor:
-    """(dk, dv) [2, S, M, H] of the own block, after a whole turn around the ring."""
-    hop = None
+    """(dk, dv) [2, S, M, H] of the own block, which is with the rank that needs it last and then comes home."""
+    ring, reach = context.mesh.ring, context.plan.reach
+    home = hop = None
     dkv = spare = torch.empty(0)
-    for block, tiles in _blocks(k, v, context):
+    for step, (block, tiles) in enumerate(_blocks(k, v, context)):
         parts = [(tile, pull.tile(block, tile)) for tile in tiles]
         if hop is None:  # step 0: one tile over all own keys
             [(_, (dk, dv))] = parts
             dkv = torch.empty((2, *k.shape), dtype=pull.work, device=k.device)
             dkv[0], dkv[1] = dk, dv
+            home = None if reach[ring.rank] else dkv
             spare = torch.empty_like(dkv)
         else:
-            dkv, spare = hop.wait(), dkv
+            hop.wait()
+            # What is at home for good is not received into.
+            dkv, spare = spare, torch.empty_like(dkv) if dkv is home else dkv
             for tile, part in parts:
                 _add(dkv, tile, part)
-        hop = _post(dkv, spare, context, "gradient")
-    return hop.wait()
+        here, coming = (ring.rank - step) % ring.size, (ring.rank - 1 - step) % ring.size
+        sent, received = [], []
+        if step < reach[here]:
+            sent.append((dkv, (ring.rank + 1) % ring.size))
+        elif step == reach[here] and step:
+            sent.append((dkv, here))
+        if step < reach[coming]:
+            received.append((spare, (ring.rank - 1) % ring.size))
+        if step == reach[ring.rank] and step:
+            home = torch.empty_like(dkv) if received else spare
+            received.append((home, (ring.rank + step) % ring.size))
+        hop = _post(sent, received, context, "gradient")
+    hop.wait()
+    return home
 
 
 def _backward_gathered(pull: _Pull, k: Tensor, v: Tensor, context: SequenceContext) -> Tensor:
@@ -190,7 +212,7 @@ def _backward_gathered(pull: _Pull, k: Tensor, v: Tensor, context: SequenceConte
 
 def _blocks(k: Tensor, v: Tensor, context: SequenceContext) -> Iterator[tuple[Block, tuple[Tile, ...]]]:
     """Every step's block with its tiles. What the next step needs is posted before a block is handed out."""
-    steps = context.tiles
+    steps = context.plan.steps
     if len(steps) == 1:
         yield (k, v), steps[0]
         return
@@ -202,17 +224,20 @@ def _blocks(k: Tensor, v: Tensor, context: SequenceContext) -> Iterator[tuple[Bl
         everyone.wait()
         yield row, steps[1]
         return
-    spare = torch.empty_like(block)
+    ring, reach, spare = context.mesh.ring, context.plan.reach, torch.empty_like(block)
     for step, tiles in enumerate(steps):
-        hop = _post(block, spare, context, "key/value") if step + 1 < len(steps) else None
+        here, coming = (ring.rank - step) % ring.size, (ring.rank - 1 - step) % ring.size
+        sent = [(block, (ring.rank + 1) % ring.size)] if step < reach[here] else []
+        received = [(spare, (ring.rank - 1) % ring.size)] if step < reach[coming] else []
+        hop = _post(sent, received, context, "key/value")
         yield block, tiles
-        if hop is not None:
-            block, spare = hop.wait(), block
+        hop.wait()
+        block, spare = spare, block
 
 
-def _post(x: Tensor, received: Tensor, context: SequenceContext, what: str) -> comm.Hop:
+def _post(sent: Sends, received: Sends, context: SequenceContext, what: str) -> comm.Hop:
     ring = context.mesh.ring
-    return comm.Hop(x, received, ring.group, ring.ranks, ring.rank, what=what)
+    return comm.Hop(sent, received, ring.group, ring.ranks, ring.rank, what=what)
 
 
 def _slices(q: Tensor, block: Block, tile: Tile) -> tuple[Tensor, Tensor, Tensor]:

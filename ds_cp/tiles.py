@@ -19,7 +19,8 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
-from ds_cp.layout import Layout, Range, gathered_place
+from ds_cp.balance import meets, owners
+from ds_cp.layout import Layout, Range, gathered_places
 
 
 @dataclass(frozen=True)
@@ -56,37 +57,69 @@ class Tile:
         return sum((end - start) * (end - start + 1) // 2 for start, end in pairwise(self.documents))
 
 
-def plan(layout: Layout, ring_rank: int, documents: Sequence[int]) -> tuple[tuple[Tile, ...], ...]:
-    """The tiles of ring rank `ring_rank`, one tuple per ring step; at step s it holds the block of rank r - s.
+@dataclass(frozen=True)
+class Plan:
+    """What a ring rank computes, step by step, and how far blocks travel. The first step is one tile over all own tokens."""
+
+    steps: tuple[tuple[Tile, ...], ...]
+    reach: tuple[int, ...]
+    """By ring rank: hops that its block makes until no later rank needs it. The same on every rank."""
+
+
+def plan(layout: Layout, ring_rank: int, documents: Sequence[int]) -> Plan:
+    """The tiles of ring rank `ring_rank`; at step s it holds the block of rank r - s. Ends with the last step that any rank needs.
 
     Args:
         documents: cu_seqlens of the padded row: 0, every boundary, the row's length; strictly ascending.
     """
+    reach = _reach(layout, documents)
     mine = layout.ring_ranges(ring_rank)
+    reaching = _reaching(mine, documents)
     steps = [(_own(mine, documents),)]
-    for step in range(1, layout.ring):
+    for step in range(1, max(reach) + 1):
         theirs = layout.ring_ranges((ring_rank - step) % layout.ring)
-        steps.append(_rectangles(mine, theirs, documents))
-    return tuple(steps)
+        steps.append(_rectangles(reaching, theirs))
+    return Plan(tuple(steps), reach)
 
 
-def plan_gathered(layout: Layout, ring_rank: int, documents: Sequence[int]) -> tuple[tuple[Tile, ...], ...]:
+def plan_gathered(layout: Layout, ring_rank: int, documents: Sequence[int]) -> Plan:
     """The tiles of `ring_impl: allgather`: the own chunks, each by itself; then each against its document's tokens before it.
 
-    The keys of the second step are the whole row, its chunks where `layout.gathered_place` puts them. A rectangle has no order
-    among its keys: pieces that stand side by side there are one tile.
+    The keys of the second step are the whole row, its chunks where `layout.gathered_places` puts them. A rectangle has no order
+    among its keys: pieces that stand side by side there are one tile. Where no rank needs another's keys there is one step.
     """
+    reach = _reach(layout, documents)
+    if not any(reach):
+        return plan(layout, ring_rank, documents)
     mine = layout.ring_ranges(ring_rank)
     everywhere = sorted({*documents, *(edge for span in mine for edge in span)})
-    places = [gathered_place(layout, chunk) * layout.chunk for chunk in range(layout.length // layout.chunk)]
-    before: list[Tile] = []
-    offset = 0
+    places = [place * layout.chunk for place in gathered_places(layout)]
+    before = [
+        Tile(q_start, q_end, a, b)
+        for q_start, q_end, first, start in _reaching(mine, documents)
+        for a, b in _gathered_keys(first, start, layout.chunk, places)
+    ]
+    return Plan(((_own(mine, everywhere),), tuple(before)), reach)
+
+
+def _reach(layout: Layout, documents: Sequence[int]) -> tuple[int, ...]:
+    owner = owners(layout.chunks)
+    needed = [0] * layout.ring
+    for number, seen in enumerate(meets(documents, layout.chunk, owner)):
+        needed[owner[number]] |= seen
+    hops = range(1, layout.ring)
+    return tuple(max((s for s in hops if needed[(r + s) % layout.ring] >> r & 1), default=0) for r in range(layout.ring))
+
+
+def _reaching(mine: tuple[Range, ...], documents: Sequence[int]) -> list[tuple[int, int, int, int]]:
+    """Of each local chunk that a document reaches into: (first and last local query, first token of the document, of the chunk)."""
+    found, offset = [], 0
     for start, end in mine:
         document = _document_of(start, documents)
-        last = offset + min(end, documents[document + 1]) - start
-        before += [Tile(offset, last, a, b) for a, b in _gathered_keys(documents[document], start, layout.chunk, places)]
+        if documents[document] < start:
+            found.append((offset, offset + min(end, documents[document + 1]) - start, documents[document], start))
         offset += end - start
-    return (_own(mine, everywhere),), tuple(before)
+    return found
 
 
 def _gathered_keys(start: int, end: int, chunk: int, places: Sequence[int]) -> list[Range]:
@@ -116,19 +149,16 @@ def _own(mine: tuple[Range, ...], documents: Sequence[int]) -> Tile:
     return Tile(0, offset, 0, offset, tuple(bounds))
 
 
-def _rectangles(mine: tuple[Range, ...], theirs: tuple[Range, ...], documents: Sequence[int]) -> tuple[Tile, ...]:
+def _rectangles(reaching: list[tuple[int, int, int, int]], theirs: tuple[Range, ...]) -> tuple[Tile, ...]:
     tiles: list[Tile] = []
-    offset = 0
-    for start, end in mine:
-        document = _document_of(start, documents)
-        first, last = documents[document], documents[document + 1]
+    for q_start, q_end, first, start in reaching:
         k_start, k_end = _local(theirs, first), _local(theirs, start)
-        if k_start < k_end:
-            tile = Tile(offset, offset + min(end, last) - start, k_start, k_end)
-            if tiles and (tiles[-1].q_end, tiles[-1].k_start, tiles[-1].k_end) == (tile.q_start, k_start, k_end):
-                tile = Tile(tiles.pop().q_start, tile.q_end, k_start, k_end)
-            tiles.append(tile)
-        offset += end - start
+        if k_start == k_end:
+            continue
+        tile = Tile(q_start, q_end, k_start, k_end)
+        if tiles and (tiles[-1].q_end, tiles[-1].k_start, tiles[-1].k_end) == (q_start, k_start, k_end):
+            tile = Tile(tiles.pop().q_start, q_end, k_start, k_end)
+        tiles.append(tile)
     return tuple(tiles)
 
 
@@ -137,5 +167,9 @@ def _document_of(token: int, documents: Sequence[int]) -> int:
 
 
 def _local(ranges: tuple[Range, ...], token: int) -> int:
-    """How many tokens of `ranges` stand before `token` of the row."""
-    return sum(min(max(token - start, 0), end - start) for start, end in ranges)
+    """How many tokens of `ranges` (ascending, of one length) stand before `token` of the row."""
+    whole = bisect_right(ranges, (token, token)) - 1  # the last range that starts no later
+    if whole < 0:
+        return 0
+    start, end = ranges[whole]
+    return whole * (end - start) + min(token, end) - start

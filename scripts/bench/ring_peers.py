@@ -92,7 +92,7 @@ class RingFlashAttention:
         work = torch.promote_types(q.dtype, torch.float32)
         dq = torch.empty(0)
         dkv: list[Tensor] = []
-        hops: list[comm.Hop] = []
+        hops: list[Callable[[], Tensor]] = []
         for step, tile, key, value in self._around(k, v):
             block_dq, *block_dkv = block(step, tile, key, value)
             if step == 0:
@@ -100,11 +100,11 @@ class RingFlashAttention:
                 spare = [torch.empty_like(x) for x in dkv]
             else:
                 dq[tile.q_start : tile.q_end] += block_dq
-                spare, dkv = dkv, [hop.wait() for hop in hops]
+                spare, dkv = dkv, [hop() for hop in hops]
                 for total, x in zip(dkv, block_dkv, strict=True):
                     total[tile.k_start : tile.k_end] += x
             hops = [self._hop(x, received, "gradient") for x, received in zip(dkv, spare, strict=True)]
-        dk, dv = (hop.wait().to(k.dtype) for hop in hops)
+        dk, dv = (hop().to(k.dtype) for hop in hops)
         return dq.to(q.dtype), dk, dv
 
     def _around(self, k: Tensor, v: Tensor) -> Iterator[tuple[int, Tile, Tensor, Tensor]]:
@@ -114,10 +114,18 @@ class RingFlashAttention:
             hops = [self._hop(x, torch.empty_like(x), "key/value") for x in (k, v)] if more else []
             yield step, tile, k[: tile.k_end], v[: tile.k_end]
             if more:
-                k, v = (hop.wait() for hop in hops)
+                k, v = (hop() for hop in hops)
 
-    def _hop(self, x: Tensor, received: Tensor, what: str) -> comm.Hop:
-        return comm.Hop(x, received, self._axis.group, self._axis.ranks, self._axis.rank, what=what)
+    def _hop(self, x: Tensor, received: Tensor, what: str) -> Callable[[], Tensor]:
+        axis = self._axis
+        before, after = (axis.rank - 1) % axis.size, (axis.rank + 1) % axis.size
+        hop = comm.Hop([(x, after)], [(received, before)], axis.group, axis.ranks, axis.rank, what=what)
+
+        def wait() -> Tensor:
+            hop.wait()
+            return received
+
+        return wait
 
 
 class Recomputing(RingFlashAttention):

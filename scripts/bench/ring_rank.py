@@ -141,10 +141,11 @@ def ring_context(args: argparse.Namespace, kernel: Kernel, documents: Sequence[i
     """The part of a SequenceContext that the ring reads. Plans the tiles."""
     layout = layouts.build("zigzag", documents[-1], axis.size, 1)
     gathered = impl == "allgather"
-    (own,), *rest = (tiles.plan_gathered if gathered else tiles.plan)(layout, axis.rank, documents)
-    steps = (on_device(args, own),), *rest
+    plan = (tiles.plan_gathered if gathered else tiles.plan)(layout, axis.rank, documents)
+    (own,), *rest = plan.steps
+    plan = replace(plan, steps=((on_device(args, own),), *rest))
     methods = SimpleNamespace(attention=kernel, gathered=gathered)
-    return SimpleNamespace(methods=methods, tiles=steps, layout=layout, mesh=SimpleNamespace(ring=axis))
+    return SimpleNamespace(methods=methods, plan=plan, layout=layout, mesh=SimpleNamespace(ring=axis))
 
 
 def axis(group: Any, size: int, rank: int) -> Any:

@@ -25,24 +25,26 @@ from ds_cp import comm
 POLL_SECONDS = 0.2
 Result = TypeVar("Result")
 Wait = Callable[[], Tensor]
+Sends = Sequence[tuple[Tensor, int]]
 
 
 class Group(Protocol):
     """A posted operation is returned as the function that waits for it."""
 
-    def hop(self, x: Tensor, received: Tensor, ranks: tuple[int, ...], rank: int, what: str) -> Wait: ...
+    def hop(self, sent: Sends, received: Sends, what: str) -> list[Wait]: ...
     def gather(self, x: Tensor, received: Tensor) -> Wait: ...
     def reduce_scatter(self, x: Tensor) -> Tensor: ...
 
 
 class Hop:
-    def __init__(self, x: Tensor, received: Tensor, group: Any, ranks: tuple[int, ...], rank: int, what: str) -> None:
-        assert x.is_contiguous()
-        assert received.is_contiguous()
-        assert x.shape == received.shape
-        assert x.dtype == received.dtype
-        self._sent = x  # kept alive until the copy is done
-        self.wait: Wait = group.hop(x, received, ranks, rank, what)
+    def __init__(self, sent: Sends, received: Sends, group: Any, ranks: tuple[int, ...], rank: int, what: str) -> None:
+        assert all(x.is_contiguous() for x, _ in (*sent, *received))
+        self._sent = sent  # kept alive until the copies are done
+        self._waits: list[Wait] = group.hop(sent, received, what)
+
+    def wait(self) -> None:
+        for wait in self._waits:
+            wait()
 
 
 class Gather:
@@ -73,8 +75,9 @@ class Wire:
     def __init__(self, device: str) -> None:
         self._stream = torch.cuda.Stream() if device == "cuda" else None
 
-    def hop(self, x: Tensor, received: Tensor, ranks: tuple[int, ...], rank: int, what: str) -> Wait:
-        return self._copied(received, x)
+    def hop(self, sent: Sends, received: Sends, what: str) -> list[Wait]:
+        """What comes in is a copy of what goes out; where nothing does, of itself."""
+        return [self._copied(into, next((x for x, _ in sent if x.shape == into.shape), into)) for into, _ in received]
 
     def gather(self, x: Tensor, received: Tensor) -> Wait:
         return self._copied(received, x.unsqueeze(0))
@@ -129,9 +132,10 @@ class Seat:
     def __init__(self, ring: Lockstep, rank: int) -> None:
         self._ring, self._rank = ring, rank
 
-    def hop(self, x: Tensor, received: Tensor, ranks: tuple[int, ...], rank: int, what: str) -> Wait:
-        self._put((rank + 1) % len(ranks), what, x)
-        return lambda: received.copy_(self._take((rank - 1) % len(ranks), what))
+    def hop(self, sent: Sends, received: Sends, what: str) -> list[Wait]:
+        for x, peer in sent:
+            self._put(peer, what, x)
+        return [lambda into=into, peer=peer: into.copy_(self._take(peer, what)) for into, peer in received]
 
     def gather(self, x: Tensor, received: Tensor) -> Wait:
         for receiver in range(len(received)):

@@ -123,6 +123,14 @@ def test_gathering_instead_of_hops(pool, mesh: tuple[int, int], documents: list[
     assert_parity(pool(MESHES[mesh]).run(jobs.parity, stage=3, **run))
 
 
+@pytest.mark.parametrize("ring_impl", ["p2p", "allgather"])
+@pytest.mark.parametrize("mesh", [(1, 2), (2, 2), (1, 4)], ids=lambda m: f"u{m[0]}r{m[1]}")
+def test_balanced_layout_of_packed_rows(pool, mesh: tuple[int, int], ring_impl: str) -> None:
+    batches = [packed([430, 13, 1, 22, 900, 5, 300])]
+    run = {"model_type": "qwen3", "block": block(*mesh, layout="balanced", ring_impl=ring_impl), "batches": batches}
+    assert_parity(pool(MESHES[mesh]).run(jobs.parity, stage=2, changes={"max_position_embeddings": 2048}, **run))
+
+
 def test_contiguous_layout(pool) -> None:
     assert_parity(pool(4).run(jobs.parity, model_type="llama", block=block(1, 4, layout="contiguous"), stage=1))
 

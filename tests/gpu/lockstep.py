@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -25,10 +26,10 @@ TIMEOUT_S = 60
 
 
 class LocalRing:
-    """Stands where the ring's process group stands; one queue per receiving rank and kind of hop."""
+    """Stands where the ring's process group stands; one queue per sender, receiver and kind of hop."""
 
     def __init__(self, size: int) -> None:
-        self.queues = {(rank, what): queue.Queue() for rank in range(size) for what in ("key/value", "gradient")}
+        self.queues: dict[tuple[int, int, str], queue.Queue] = defaultdict(queue.Queue)
         self.rank_here = threading.local()
         self.turn = threading.Lock()
         self._board: dict[tuple[str, int], Sequence[Tensor]] = {}
@@ -71,18 +72,24 @@ def local_reduce_scatter(parts: Sequence[Tensor], group: LocalRing) -> list[Tens
     return [torch.stack([theirs[part][rank] for theirs in everyone]).sum(0) for part in range(len(parts))]
 
 
+Sends = Sequence[tuple[Tensor, int]]
+
+
 class LocalHop:
     """`comm.Hop` between threads."""
 
-    def __init__(self, x: Tensor, received: Tensor, group: LocalRing, ranks: Sequence[int], rank: int, what: str) -> None:
-        assert x.is_contiguous()
-        group.queues[(rank + 1) % len(ranks), what].put(x.clone())
-        self._mine, self._received, self._group = group.queues[rank, what], received, group
+    def __init__(self, sent: Sends, received: Sends, group: LocalRing, ranks: Sequence[int], rank: int, what: str) -> None:
+        for x, peer in sent:
+            assert x.is_contiguous()
+            group.queues[rank, peer, what].put(x.clone())
+        self._received = [(x, group.queues[peer, rank, what]) for x, peer in received]
+        self._group = group
 
-    def wait(self) -> Tensor:
-        with self._group.others():
-            theirs = self._mine.get(timeout=TIMEOUT_S)
-        return self._received.copy_(theirs)
+    def wait(self) -> None:
+        for x, arriving in self._received:
+            with self._group.others():
+                theirs = arriving.get(timeout=TIMEOUT_S)
+            x.copy_(theirs)
 
 
 def ring(
@@ -96,12 +103,13 @@ def ring(
     scale: float,
     monkeypatch: Any,
     gathered: bool = False,
+    plan: layout.Layout | None = None,
 ) -> dict[str, Tensor]:
-    """out, dq, dk, dv of the whole row, [S, heads, H], computed by `size` ring ranks on zigzag chunks."""
+    """out, dq, dk, dv of the whole row, [S, heads, H], computed by `size` ring ranks, on zigzag chunks if no layout is given."""
     monkeypatch.setattr(comm, "Hop", LocalHop)
     monkeypatch.setattr(comm, "Gather", LocalGather)
     monkeypatch.setattr(comm, "reduce_scatter", local_reduce_scatter)
-    plan = layout.build("zigzag", q.shape[0], size, 1)
+    plan = plan or layout.build("zigzag", q.shape[0], size, 1)
     assert plan.length == q.shape[0], "rows here have a legal length"
     group, ranks = LocalRing(size), tuple(range(size))
     index = [torch.cat([torch.arange(a, b) for a, b in plan.ring_ranges(r)]).to(q.device) for r in ranks]
@@ -110,9 +118,9 @@ def ring(
         ctx = SimpleNamespace(save_for_backward=lambda *saved: setattr(ctx, "saved_tensors", saved))
         group.rank_here.value = rank
         mesh = SimpleNamespace(ring=SimpleNamespace(group=group, ranks=ranks, rank=rank, size=size))
-        steps = (tiles.plan_gathered if gathered else tiles.plan)(plan, rank, documents)
+        found = (tiles.plan_gathered if gathered else tiles.plan)(plan, rank, documents)
         methods = SimpleNamespace(attention=kernel, gathered=gathered)
-        context = SimpleNamespace(methods=methods, tiles=steps, layout=plan, mesh=mesh)
+        context = SimpleNamespace(methods=methods, plan=found, layout=plan, mesh=mesh)
         with group.turn:
             out = RingAttention.forward(ctx, *(x[index[rank]] for x in (q, k, v)), context, scale)
             return out, *RingAttention.backward(ctx, dout[index[rank]])[:3]

@@ -28,11 +28,12 @@ IMPORTS = _table(
     {
         "config": "",
         "topology": "",
-        "layout": "",
+        "balance": "",
+        "layout": "balance",
         "comm": "",
         "factor": "",
         "preflight": "",
-        "tiles": "layout",
+        "tiles": "layout balance",
         "mesh": "topology",
         "kernels": "",
         "kernels.attention": "tiles kernels.flash4_hopper",
@@ -86,7 +87,7 @@ OUTSIDE = _table(
 )
 """Other packages, and the only components that may import them."""
 
-INTEGERS_ONLY = ("config", "topology", "layout", "tiles", "planner")
+INTEGERS_ONLY = ("config", "topology", "balance", "layout", "tiles", "planner")
 """Components without torch, so that the shell, the planner and one-process tests can ask for any rank."""
 
 FILE_LINES = 400

@@ -104,7 +104,7 @@ def assert_reassembles(batch: dict[str, Any], shards: list[Local]) -> None:
 # Whole rows come back
 
 
-@pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
+@pytest.mark.parametrize("layout", ["zigzag", "balanced", "contiguous"])
 @pytest.mark.parametrize("mesh", MESHES, ids=lambda m: f"u{m[0]}r{m[1]}")
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 def test_shards_of_a_padded_batch_give_the_rows_back(mask: Tensor, mesh: tuple[int, int], layout: str) -> None:
@@ -126,7 +126,12 @@ def masked_batches(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @settings(max_examples=150)
-@given(batch=masked_batches(), ulysses=st.integers(1, 4), ring=st.integers(1, 4), layout=st.sampled_from(["zigzag", "contiguous"]))
+@given(
+    batch=masked_batches(),
+    ulysses=st.integers(1, 4),
+    ring=st.integers(1, 4),
+    layout=st.sampled_from(["zigzag", "balanced", "contiguous"]),
+)
 @example(batch=rows(1, 1), ulysses=4, ring=4, layout="zigzag")
 def test_any_mask_on_any_mesh_gives_the_rows_back(batch: dict[str, Any], ulysses: int, ring: int, layout: str) -> None:
     assert_reassembles(batch, prepare(batch, ulysses, ring, layout))
@@ -249,7 +254,7 @@ def test_the_context_holds_the_plan_of_its_own_ring_rank(mesh: tuple[int, int]) 
     batch = packed(5, 1, 9, 2)
     for rank, (local, context) in zip(meshes(*mesh), prepare(batch, *mesh), strict=True):
         assert context.layout == layouts.build("zigzag", 17, ring=mesh[1], ulysses=mesh[0])
-        assert context.tiles == tiles.plan(context.layout, rank.ring.rank, context.documents)
+        assert context.plan == tiles.plan(context.layout, rank.ring.rank, context.documents)
         assert context.mesh == rank
         assert context.methods == METHODS
         assert local["input_ids"].shape == (1, context.layout.length // rank.seq.size)
@@ -266,7 +271,7 @@ def test_no_local_document_reaches_over_a_boundary_of_the_row() -> None:
     for _, context in prepare(packed(5, 1, 9, 2), ulysses=2, ring=2):
         ranges = context.layout.ring_ranges(context.mesh.ring.rank)
         local = [token for start, end in ranges for token in range(start, end)]
-        (own,) = context.tiles[0]
+        (own,) = context.plan.steps[0]
         assert own.documents is not None
         for start, end in pairwise(own.documents):
             assert not {*range(local[start] + 1, local[end - 1] + 1)} & {*context.documents}

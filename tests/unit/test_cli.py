@@ -28,8 +28,8 @@ def test_a_legal_config_shows_what_auto_becomes(tmp_path: Path) -> None:
         "ulysses_size": "8",
         "ring_size": "2",
         "data-parallel replicas": "2",
-        "layout": "zigzag",
-        "rows are padded to a multiple of": "32",
+        "layout": "zigzag; balanced for packed rows",
+        "rows are padded to a multiple of": "32; packed rows of up to 128",
     }
 
 

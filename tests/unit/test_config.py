@@ -44,7 +44,6 @@ WHOLE_BLOCK = """
 """
 
 LATER: tuple[tuple[str, Any], ...] = (
-    ("layout", "balanced"),
     ("layout", "zigzag_documents"),
     ("linear_attention", "heads"),
     ("linear_attention", "state"),

@@ -1,14 +1,18 @@
-"""`RingAttention` of all ranks in lockstep against one kernel call on the whole row, where the kernel sums dq over tiles itself."""
+"""`RingAttention` of all ranks in lockstep against one kernel call on the row, also where it sums dq over tiles itself."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from ds_cp.kernels.attention import torch_cpu
+from ds_cp.kernels.attention import reference, torch_cpu
+from ds_cp.layout import Layout
 from ds_cp.tiles import Tile
 from tests.gpu import lockstep
 
@@ -42,11 +46,38 @@ class Sums:
 @pytest.mark.parametrize("ring", [2, 4])
 def test_dq_summed_by_the_kernel_is_that_of_the_whole_row(ring: int, documents, gathered: bool, monkeypatch) -> None:
     generator = torch.Generator().manual_seed(ring)
-    dout, q, k, v = (torch.randn(128, n, 16, generator=generator, dtype=torch.float64) for n in (8, 8, 2, 2))
-    tile = Tile(0, 128, 0, 128, documents)
-    out, lse = torch_cpu.forward(q, k, v, tile, 0.25)
-    wanted = {"out": out, **dict(zip(("dq", "dk", "dv"), torch_cpu.backward(dout, q, k, v, out, lse, tile, 0.25), strict=True))}
+    tensors = [torch.randn(128, n, 16, generator=generator, dtype=torch.float64) for n in (8, 8, 2, 2)]
     kernel = SimpleNamespace(forward=torch_cpu.forward, backward=torch_cpu.backward, accumulate=Sums)
-    found = lockstep.ring(dout, q, k, v, documents, ring, kernel, 0.25, monkeypatch, gathered)
+    found = lockstep.ring(*tensors, documents, ring, kernel, 0.25, monkeypatch, gathered)
+    assert_whole_row(found, tensors, documents)
+
+
+def assert_whole_row(found: dict[str, Tensor], tensors: list[Tensor], documents: Sequence[int]) -> None:
+    dout, q, k, v = tensors
+    tile = Tile(0, documents[-1], 0, documents[-1], tuple(documents))
+    out, lse = reference.forward(q, k, v, tile, 0.25)
+    wanted = {"out": out, **dict(zip(("dq", "dk", "dv"), reference.backward(dout, q, k, v, out, lse, tile, 0.25), strict=True))}
     for part, value in wanted.items():
         torch.testing.assert_close(found[part], value, rtol=1e-10, atol=1e-10, msg=part)
+
+
+@st.composite
+def any_layout(draw: st.DrawFn) -> tuple[Layout, tuple[int, ...]]:
+    """Chunks given to ranks in any way, and documents."""
+    ring, slots, chunk = draw(st.integers(2, 4)), draw(st.integers(1, 4)), draw(st.integers(1, 5))
+    count = ring * slots
+    order = draw(st.one_of(st.just(range(count)), st.permutations(range(count))))
+    plan = Layout(chunk, tuple(tuple(sorted(order[r * slots : (r + 1) * slots])) for r in range(ring)), 1)
+    cuts = draw(st.sets(st.integers(1, count * chunk - 1), max_size=2 * count))
+    return plan, (0, *sorted(cuts), count * chunk)
+
+
+@settings(max_examples=60)
+@given(row=any_layout(), gathered=st.booleans())
+def test_any_layout_gives_what_one_kernel_gives(row: tuple[Layout, tuple[int, ...]], gathered: bool) -> None:
+    plan, documents = row
+    generator = torch.Generator().manual_seed(documents[-1])
+    tensors = [torch.randn(documents[-1], n, 8, generator=generator, dtype=torch.float64) for n in (4, 4, 2, 2)]
+    with pytest.MonkeyPatch.context() as patch:
+        found = lockstep.ring(*tensors, documents, plan.ring, reference, 0.25, patch, gathered, plan)
+    assert_whole_row(found, tensors, documents)
