@@ -11,6 +11,9 @@ Copies of q, k, v that the all-to-all costs: one that packs them by receiving ra
 after it; of the output none before it and one that puts a token's heads side by side.
 In backward the same mirrored, and the gradients of q, k, v once more, to stand as q, k, v did.
 
+Where ranks hold other tokens than the ring works on (state passing in Gated DeltaNet layers wants contiguous pieces), the same two
+exchanges go over seq instead of ulysses and carry every token to the ring rank that works on it as well (`reshard`).
+
 Shapes: T local tokens, S tokens of the ring rank (U * T), N query heads, M key/value heads, H head size; n, m heads per rank.
 """
 
@@ -19,8 +22,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ds_cp import comm
+from ds_cp import comm, reshard
 from ds_cp.batch import SequenceContext
+from ds_cp.layout import Route
 from ds_cp.ring import RingAttention
 from ds_cp.topology import HeadSplit, split_heads
 
@@ -44,11 +48,24 @@ def attend(q_1NTH: Tensor, k_1MTH: Tensor, v_1MTH: Tensor, context: SequenceCont
         name = context.methods.attention.__name__.split(".")[-1]
         raise ValueError(f"sequence_parallel.attention_kernel: {name}: {reason}")
     ulysses = context.mesh.ulysses
+    if context.held.to_attention is not None:
+        return _attend_elsewhere(q_TNH, k_TMH, v_TMH, context.held.to_attention, context, scale)
     if ulysses.size == 1:
         return RingAttention.apply(q_TNH, k_TMH, v_TMH, context, scale).unsqueeze(0)
     split = split_heads(ulysses.size, q_TNH.shape[1], k_TMH.shape[1])
     q, k, v = _tokens_for_heads(q_TNH, k_TMH, v_TMH, split, context)
     return _heads_for_tokens(RingAttention.apply(q, k, v, context, scale), context)
+
+
+def _attend_elsewhere(q_TNH: Tensor, k_TMH: Tensor, v_TMH: Tensor, route: Route, context: SequenceContext, scale: float) -> Tensor:
+    seq, ranks, size = context.mesh.seq, context.mesh.ulysses.size, q_TNH.shape[2]
+    split = split_heads(ranks, q_TNH.shape[1], k_TMH.shape[1])
+    by_group = [reshard.by_receiver(x, ranks // split.sharing, split.sharing).flatten(0, 1) for x in (q_TNH, k_TMH, v_TMH)]
+    widths = [heads * size for heads in (split.query, split.kv, split.kv)]
+    q, k, v = (x.unflatten(1, (-1, size)) for x in reshard.to_heads(by_group, widths, route, seq.group))
+    out_SC = RingAttention.apply(q, k, v, context, scale).flatten(1)
+    parts_UTC = reshard.to_tokens(out_SC, ranks, route, seq.group)
+    return parts_UTC.transpose(0, 1).reshape(1, len(q_TNH), -1, size)
 
 
 def _tokens_for_heads(
@@ -57,18 +74,10 @@ def _tokens_for_heads(
     """One all-to-all: all heads of the local tokens become this rank's heads of the ring rank's tokens."""
     tokens, _, size = q_TNH.shape
     ranks = context.mesh.ulysses.size
-    parts = [_by_receiver(x, ranks // split.sharing, split.sharing) for x in (q_TNH, k_TMH, v_TMH)]
+    parts = [reshard.by_receiver(x, ranks // split.sharing, split.sharing) for x in (q_TNH, k_TMH, v_TMH)]
     packed = torch.cat(parts, dim=3).flatten(0, 1)
     mixed = comm.all_to_all(packed, context.mesh.ulysses.group)
     return mixed.view(ranks * tokens, -1, size).split((split.query, split.kv, split.kv), dim=1)
-
-
-def _by_receiver(x_TNH: Tensor, groups: int, sharing: int) -> Tensor:
-    """A view [groups, sharing, T, heads of one rank, H]; heads too few for every rank stand there for each that needs them."""
-    if x_TNH.shape[1] % (groups * sharing) == 0:
-        return x_TNH.unflatten(1, (groups, sharing, -1)).permute(1, 2, 0, 3, 4)
-    each = x_TNH.transpose(0, 1)[:, None, :, None]
-    return each.expand(-1, sharing, -1, -1, -1)  # whose backward sums the replicas
 
 
 def _heads_for_tokens(out_SnH: Tensor, context: SequenceContext) -> Tensor:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,9 +21,7 @@ from ds_cp import layout as layouts
 from ds_cp import tiles
 from ds_cp.layout import Layout
 from ds_cp.mesh import Mesh
-
-if TYPE_CHECKING:
-    from ds_cp.kernels.attention import Kernel
+from ds_cp.placement import Held, Methods, bounds_on, place
 
 IGNORE = -100
 
@@ -47,24 +45,15 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Methods:
-    """How layers are computed: what "auto" became, resolved once for a run."""
-
-    attention: Kernel
-    layout: str
-    """A layout of `ds_cp.layout`; "auto" goes by each row's documents."""
-    gathered: bool
-    """The ring gathers keys and values at once instead of passing them on (`ring_impl: allgather`)."""
-
-
-@dataclass(frozen=True)
 class SequenceContext:
     """What a layer needs to know about the micro-batch; travels to every attention call as a keyword."""
 
     mesh: Mesh
     methods: Methods
     layout: Layout
+    """Of attention."""
     plan: tiles.Plan
+    held: Held
     documents: tuple[int, ...]
     rows: Rows
     targets: Tensor | None
@@ -100,11 +89,12 @@ def prepare(
     rows, documents = _stream(batch, tokens)
     plan = layouts.build(methods.layout, rows.tokens, mesh.ring.size, mesh.ulysses.size, documents)
     documents = _with_padding(documents, plan.length)
+    held = place(plan, methods, mesh, documents, device)
     targets, weights = _targets(batch)
     _check_padding_has_no_targets(targets, batch, rows)
 
     def cut(x: Tensor, fill: float) -> Tensor:
-        return shard(x, rows, plan, mesh, fill).to(device, non_blocking=True)
+        return shard(x, rows, held.layout, mesh, fill).to(device, non_blocking=True)
 
     out = {k: v for k, v in batch.items() if k not in TOKEN_KEYS and k not in DOCUMENT_KEYS}
     for key in ("input_ids", "inputs_embeds"):
@@ -117,6 +107,7 @@ def prepare(
         mesh=mesh,
         methods=methods,
         layout=plan,
+        held=held,
         plan=_tiles(plan, mesh, documents, methods.gathered, device),
         documents=documents,
         rows=rows,
@@ -133,8 +124,7 @@ def _tiles(plan: Layout, mesh: Mesh, documents: tuple[int, ...], gathered: bool,
     if device.type == "cpu":
         return found
     (own,), *rest = found.steps
-    bounds = torch.tensor(own.documents, dtype=torch.int32, pin_memory=device.type == "cuda")
-    own = replace(own, cu_seqlens=bounds.to(device, non_blocking=True))
+    own = replace(own, cu_seqlens=bounds_on(device, own.documents, torch.int32))
     return replace(found, steps=((own,), *rest))
 
 
@@ -155,7 +145,7 @@ def unshard(gathered: Tensor, context: SequenceContext) -> Tensor:
     """Whole rows in the user's order from the seq group's shards: [size, 1, T, ...] to [B, S, ...]; zeros at padding."""
     flat = gathered.flatten(0, 2)
     offset, pieces = 0, []
-    for start, end in layouts.gathered_order(context.layout):
+    for start, end in layouts.gathered_order(context.held.layout):
         pieces.append((start, flat[offset : offset + end - start]))
         offset += end - start
     stream = torch.cat([piece for _, piece in sorted(pieces, key=lambda item: item[0])])[: context.rows.tokens]

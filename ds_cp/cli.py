@@ -31,10 +31,18 @@ def check(
     """Validates a config against a model and a number of ranks; exit code 1 and one sentence if it would be refused."""
     try:
         block = config.parse(str(ds_config))
-        pairs = _heads_of(model) if model else [(heads, kv_heads or heads)] if heads else []
+        pairs, linear_heads = _heads_of(model) if model else ([(heads, kv_heads or heads)] if heads else [], [])
         degrees = topology.resolve(
-            block.size, block.ulysses_size, block.ring_size, world=ranks, local_world=ranks_per_node or ranks, heads=pairs
+            block.size,
+            block.ulysses_size,
+            block.ring_size,
+            world=ranks,
+            local_world=ranks_per_node or ranks,
+            heads=pairs,
+            linear_heads=linear_heads,
+            linear=block.linear_attention,
         )
+        linear = topology.resolve_linear(block.linear_attention, degrees, linear_heads)
     except ValueError as error:
         Console(stderr=True).print(f"[red]refused:[/red] {error}", soft_wrap=True)
         raise typer.Exit(1) from None
@@ -47,13 +55,14 @@ def check(
         "ring_size": degrees.ring,
         "data-parallel replicas": degrees.data,
         "layout": layout.describe(block.layout),
+        **({"linear_attention": linear} if linear_heads else {}),
         "rows are padded to a multiple of": padding if padding == most else f"{padding}; packed rows of up to {most}",
     }.items():
         table.add_row(setting, str(value))
     Console().print(table)
 
 
-def _heads_of(model: str) -> list[tuple[int, int]]:
+def _heads_of(model: str) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     from ds_cp.models import checks
 
     return checks.heads_of_pretrained(model)

@@ -36,11 +36,28 @@ class _AllToAll(torch.autograd.Function):
 def _exchange(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     x = x.contiguous()
     out = torch.empty_like(x)
+    _all_to_all_single(out, x, group)
+    return out
+
+
+def _all_to_all_single(
+    out: Tensor, x: Tensor, group: dist.ProcessGroup, received: list[int] | None = None, sent: list[int] | None = None
+) -> None:
     try:
-        dist.all_to_all_single(out, x, group=group)
+        dist.all_to_all_single(out, x, received, sent, group=group)
     except RuntimeError as error:
         ranks = dist.get_process_group_ranks(group)
         raise RuntimeError(f"ds_cp: the all-to-all of ranks {ranks} failed on rank {dist.get_rank()}: {error}") from error
+
+
+def exchange(x: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
+    """Exchanges parts of dim 0 of different sizes. No gradient passes.
+
+    Shards: `x_i` [sum(sent_i), ...], contiguous, its j-th part of `sent_i[j]` entries meant for rank j; `sent_i[j]` is
+    `received_j[i]`. Result: `y_j` [sum(received_j), ...], what came from rank 0, 1, ...
+    """
+    out = x.new_empty((sum(received), *x.shape[1:]))
+    _all_to_all_single(out, x, group, received, sent)
     return out
 
 

@@ -38,7 +38,8 @@ class Config(BaseModel):
     """How a row's chunks are given to ring ranks. zigzag balances one document, balanced any documents. "auto" is zigzag for a row
     of one document and balanced for packed rows."""
     linear_attention: Literal["auto", "heads", "state"] = "auto"
-    """How Gated DeltaNet layers are sharded."""
+    """How Gated DeltaNet layers are sharded: `heads` over all ranks that share a row, or `state` passed along the ring with heads
+    over ulysses, for more ranks than value heads. "auto" is heads where there are enough."""
     ring_impl: Literal["p2p", "allgather"] = "p2p"
     """How key/value blocks reach the other ring ranks: hop by hop behind the computation, or gathered at once, which means
     fewer kernel calls and a whole row of keys and values in memory: for short rows over fast links."""
@@ -52,7 +53,7 @@ class Config(BaseModel):
     """The attention kernel. "auto" on CUDA: flash-attn 4 or 3 where installed, else cuDNN on Hopper for shapes that recur, and
     torch_flash for the rest; on CPU torch_cpu."""
     delta_kernel: Literal["auto", "fla", "reference"] = "auto"
-    """The Gated DeltaNet kernel."""
+    """The Gated DeltaNet kernel. "auto" is fla (flash-linear-attention) on CUDA and reference on CPU."""
     loss_reduction: Literal["auto", "mean", "token_mean", "sum"] = "auto"
     """What the gradient is the gradient of. "auto" is token_mean where `num_items_in_batch` is given, else mean."""
     loss_chunk: Count | Auto = "auto"
@@ -90,10 +91,8 @@ class Config(BaseModel):
 
 THIS_VERSION: Mapping[str, tuple[Any, ...]] = {
     "layout": ("auto", "zigzag", "balanced", "contiguous"),
-    "linear_attention": ("auto",),
     "attention_head_chunks": ("auto", 1),
     "profile": (False,),
-    "delta_kernel": ("auto",),
     "tiled_mlp": ("auto", False),
     "activation_offload": (False,),
 }

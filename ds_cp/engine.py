@@ -21,6 +21,7 @@ from ds_cp import config as configs
 from ds_cp.batch import Methods
 from ds_cp.config import Config
 from ds_cp.kernels import choice
+from ds_cp.kernels import delta as deltas
 from ds_cp.kernels.attention import Kernel
 from ds_cp.loader import StepLoader
 from ds_cp.loss import CausalLMLoss
@@ -107,7 +108,6 @@ def prepare(model: nn.Module, block: Config) -> Mesh:
     """
     inner = attach.find(model)
     checks.refuse(inner)
-    kernel_of(block)
     head = inner.get_output_embeddings()
     if block.loss_chunk != 0 and lm_head.is_composite(head):
         set_z3_leaf_module(head, True)
@@ -118,10 +118,13 @@ def prepare(model: nn.Module, block: Config) -> Mesh:
         world=dist.get_world_size(),
         local_world=mesh.local_world_size(),
         heads=checks.heads(inner),
+        linear_heads=linear_heads(inner),
+        linear=block.linear_attention,
     )
+    methods = methods_of(block, inner, degrees)
     mesh_ = mesh.build(degrees, block.comm_timeout_s)
     if dist.get_rank() == 0:
-        print_table(block, mesh_, inner)
+        print_table(block, mesh_, methods, inner)
     return mesh_
 
 
@@ -130,7 +133,7 @@ def attach_model(model: nn.Module, block: Config, mesh_: Mesh, divisor: Callable
     handle = attach.Handle(
         model=attach.find(model),
         mesh=mesh_,
-        methods=methods_of(block),
+        methods=methods_of(block, attach.find(model), mesh_.topology),
         loss=CausalLMLoss(reduction=block.loss_reduction, divisor=divisor),
         loss_chunk=block.loss_chunk,
     )
@@ -138,9 +141,37 @@ def attach_model(model: nn.Module, block: Config, mesh_: Mesh, divisor: Callable
     return handle
 
 
-def methods_of(block: Config) -> Methods:
-    """How layers are computed, every "auto" resolved."""
-    return Methods(attention=kernel_of(block), layout=block.layout, gathered=block.ring_impl == "allgather")
+def methods_of(block: Config, model: nn.Module, degrees: topology.Topology) -> Methods:
+    """How layers are computed, every "auto" resolved.
+
+    Raises:
+        ValueError: a kernel cannot serve here, or the DeltaNet layers have too few heads for the ranks.
+    """
+    shapes = checks.linear_shapes(model)
+    linear = topology.resolve_linear(block.linear_attention, degrees, linear_heads(model))
+    return Methods(
+        attention=kernel_of(block),
+        layout=block.layout,
+        gathered=block.ring_impl == "allgather",
+        delta=_delta_kernel(block, model, shapes, passing=linear == "state" and degrees.ring > 1) if shapes else None,
+        linear=linear,
+    )
+
+
+def linear_heads(model: nn.Module) -> list[tuple[int, int]]:
+    """(value heads, key heads) of the model's Gated DeltaNet layers."""
+    return [(shapes.value_heads, shapes.key_heads) for shapes in checks.linear_shapes(model)]
+
+
+def _delta_kernel(block: Config, model: nn.Module, shapes: list[deltas.Shapes], passing: bool) -> deltas.Kernel:
+    device = get_accelerator().device_name()
+    kernel = deltas.resolve(block.delta_kernel, device)
+    dtype = next(model.parameters()).dtype
+    for each in dict.fromkeys(shapes):
+        reason = kernel.unsupported(each, device, dtype, passing)
+        if reason is not None:
+            raise ValueError(f"sequence_parallel.delta_kernel: {kernel.__name__.split('.')[-1]}: {reason}")
+    return kernel
 
 
 def kernel_of(block: Config) -> Kernel:
@@ -158,7 +189,7 @@ def _describe_chunk(block: Config, model: nn.Module) -> str:
     return f"{tile} for shards of more tokens, else whole logits"
 
 
-def print_table(block: Config, mesh_: Mesh, model: nn.Module) -> None:
+def print_table(block: Config, mesh_: Mesh, methods: Methods, model: nn.Module) -> None:
     """What the run does, "auto" resolved, once, on the calling rank."""
     from rich.console import Console
     from rich.table import Table
@@ -172,16 +203,23 @@ def print_table(block: Config, mesh_: Mesh, model: nn.Module) -> None:
         "ulysses_size": degrees.ulysses,
         "ring_size": degrees.ring,
         "layout": layout.describe(block.layout),
-        "attention_kernel": choice.describe(kernel_of(block)),
+        "attention_kernel": choice.describe(methods.attention),
         "ring_impl": block.ring_impl,
         "loss_reduction": "token_mean if counted, else mean" if block.loss_reduction == "auto" else block.loss_reduction,
         "loss_chunk": _describe_chunk(block, model),
+        **_linear_rows(methods),
         "comm_timeout_s": block.comm_timeout_s,
     }
     for name, value in resolved.items():
         table.add_row(name, str(getattr(block, name)), str(value))
     table.add_row("data-parallel replicas", "", str(degrees.data))
     Console().print(table)
+
+
+def _linear_rows(methods: Methods) -> dict[str, str]:
+    if methods.delta is None:
+        return {}
+    return {"linear_attention": methods.linear, "delta_kernel": methods.delta.__name__.split(".")[-1]}
 
 
 def unshard(x: Tensor) -> Tensor:

@@ -50,6 +50,31 @@ class Layout:
         return _cut(self.ring_ranges(ring_rank), ulysses_rank * piece, (ulysses_rank + 1) * piece)
 
 
+@dataclass(frozen=True)
+class Route:
+    """How tokens get from the rank that holds them to those that work on them, as one rank of the group sees it.
+
+    `sent[j]` are the held tokens that rank j works on, `received[i]` where those that rank i holds stand among the tokens
+    worked on; ranges of local indices. Both ends of a message list its tokens in the order of the row.
+    """
+
+    sent: tuple[tuple[Range, ...], ...]
+    received: tuple[tuple[Range, ...], ...]
+
+    @property
+    def counts(self) -> tuple[list[int], list[int]]:
+        """Tokens sent to and received from each rank."""
+        sent, received = ([sum(end - start for start, end in spans) for spans in side] for side in (self.sent, self.received))
+        return sent, received
+
+
+def route(held: Sequence[Sequence[Range]], worked: Sequence[Sequence[Range]], rank: int) -> Route:
+    """Rank `rank`'s route between two distributions of a row, each the ascending token ranges of every rank of a group."""
+    sent = tuple(_common(held[rank], theirs)[0] for theirs in worked)
+    received = tuple(_common(theirs, worked[rank])[1] for theirs in held)
+    return Route(sent=sent, received=received)
+
+
 def resolve(name: str, documents: Sequence[int]) -> str:
     """The layout of a row of these documents (cu_seqlens without the padding): "auto" is zigzag for one, balanced for several."""
     if name != "auto":
@@ -99,9 +124,14 @@ def build(
     return Layout(chunk=chunk, chunks=chunks, ulysses=ulysses)
 
 
+def shards(layout: Layout) -> tuple[tuple[Range, ...], ...]:
+    """`local_ranges` of every rank of the seq group, in its order."""
+    return tuple(layout.local_ranges(r, u) for r in range(layout.ring) for u in range(layout.ulysses))
+
+
 def gathered_order(layout: Layout) -> tuple[Range, ...]:
     """The token ranges of the whole row in the order in which the seq group's shards stand one after another."""
-    return tuple(span for r in range(layout.ring) for u in range(layout.ulysses) for span in layout.local_ranges(r, u))
+    return tuple(span for spans in shards(layout) for span in spans)
 
 
 def gathered_places(layout: Layout) -> list[int]:
@@ -119,6 +149,31 @@ def gathered_places(layout: Layout) -> list[int]:
         for slot, chunk in enumerate(mine):
             places[chunk] = (slots - 1 - slot) * layout.ring + rank
     return places
+
+
+def _common(ours: Sequence[Range], theirs: Sequence[Range]) -> tuple[tuple[Range, ...], tuple[Range, ...]]:
+    """The tokens in both, as local ranges of either, in the order of the row."""
+    here: list[Range] = []
+    there: list[Range] = []
+    i = j = our_offset = their_offset = 0
+    while i < len(ours) and j < len(theirs):
+        (a, b), (c, d) = ours[i], theirs[j]
+        low, high = max(a, c), min(b, d)
+        if low < high:
+            _extend(here, our_offset + low - a, our_offset + high - a)
+            _extend(there, their_offset + low - c, their_offset + high - c)
+        if b <= d:
+            i, our_offset = i + 1, our_offset + b - a
+        if d <= b:
+            j, their_offset = j + 1, their_offset + d - c
+    return tuple(here), tuple(there)
+
+
+def _extend(ranges: list[Range], start: int, end: int) -> None:
+    """Appends [start, end), to the last range where that ends at its start."""
+    if ranges and ranges[-1][1] == start:
+        start = ranges.pop()[0]
+    ranges.append((start, end))
 
 
 def _cut(ranges: tuple[Range, ...], start: int, end: int) -> tuple[Range, ...]:

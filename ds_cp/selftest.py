@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import deepspeed
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ds_cp import engine as engines
 from ds_cp.batch import count_targets
-from ds_cp.models import family_of_type
+from ds_cp.models import family_of, family_of_type
 
 LR = 2.0**20
 """SGD's step in the parity runs: so large that the new weight is the gradient, and the old one no longer rounds it."""
@@ -48,7 +49,9 @@ def tiny_model(model_type: str, seed: int = 0, attention: str = "sdpa", **change
         assert hasattr(config, name), name
         setattr(config, name, value)
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
+    family_of_type(model_type).settle(model)
+    return model
 
 
 def ds_config(stage: int, block: dict[str, Any], accumulation: int = 1, zero: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -68,20 +71,34 @@ def reference(model: PreTrainedModel, batches: Sequence[Batch], reduction: str) 
     """Loss and gradients of HF's own model in this process.
 
     `batches` are all micro-batches of the optimizer step, over replicas and accumulation. mean averages their losses,
-    token_mean divides the sum over all targets by their number, sum does not divide.
+    token_mean divides the sum over all targets by their number, sum does not divide. Where the model has recurrent layers, each
+    document of a packed row is a row of its own: on CPU HF's recurrent layers do not see where documents end.
     """
     model.zero_grad()
+    recurrent = bool(family_of(model.config).mixers(model))
     counts = [float(count_targets(batch)) for batch in batches]
     total = 0.0
     for batch, count in zip(batches, counts, strict=True):
         if count == 0:
             continue
-        # With a cache transformers does not look for documents in position_ids, and they would attend each other.
-        mean = model(**batch, use_cache=False).loss
         scale = {"mean": 1 / len(batches), "token_mean": count / sum(counts), "sum": count}[reduction]
-        (mean * scale).backward()
-        total += float(mean.detach()) * scale
+        for part in _documents(batch) if recurrent else [batch]:
+            targets = float(count_targets(part))
+            if targets:
+                # With a cache transformers does not look for documents in position_ids, and they would attend each other.
+                mean = model(**part, use_cache=False).loss * (scale * targets / count)
+                mean.backward()
+                total += float(mean.detach())
     return total, {name: _gradient(p) for name, p in model.named_parameters()}
+
+
+def _documents(batch: Batch) -> list[Batch]:
+    """A packed row of position_ids that reset as one row a document; other batches as they are."""
+    positions = batch.get("position_ids")
+    if positions is None:
+        return [batch]
+    bounds = [*(positions[0] == 0).nonzero().flatten().tolist(), positions.shape[1]]
+    return [{key: value[:, start:end] for key, value in batch.items()} for start, end in pairwise(bounds)]
 
 
 def sharded(

@@ -89,6 +89,8 @@ def resolve(
     world: int,
     local_world: int,
     heads: list[tuple[int, int]],
+    linear_heads: list[tuple[int, int]] | None = None,
+    linear: str = "auto",
 ) -> Topology:
     """Turns the sizes of the config into degrees, or refuses.
 
@@ -96,6 +98,8 @@ def resolve(
         size, ulysses, ring: as written in the block.
         world: ranks of the job. local_world: ranks on one node.
         heads: (query heads, key/value heads) of every attention layer, repeats welcome.
+        linear_heads: (value heads, key heads) of every Gated DeltaNet layer. linear: `linear_attention` as written; where state
+            is passed, ulysses splits these heads too.
 
     Raises:
         ValueError: no legal choice; the message names the legal ones.
@@ -109,6 +113,8 @@ def resolve(
             f"a multiple of {size} ranks"
         )
     choices = legal_ulysses(size, heads)
+    if linear == "state" or (linear == "auto" and _heads_reason(size, linear_heads or []) is not None):
+        choices = [d for d in choices if d in legal_ulysses(size, linear_heads or [])]
     if ulysses == "auto" and ring == "auto":
         # A node boundary inside an all-to-all group would put every layer's heads on the slow links.
         inside = [d for d in choices if d <= local_world and local_world % d == 0]
@@ -133,3 +139,40 @@ def resolve(
                 f"{size}: {choices}, the rest goes into ring_size"
             )
     return Topology(ulysses=ulysses, ring=ring, data=world // size)
+
+
+def resolve_linear(setting: str, topology: Topology, heads: list[tuple[int, int]]) -> Literal["heads", "state"]:
+    """How Gated DeltaNet layers are sharded.
+
+    "auto" is heads where every rank of a row can have some: with few heads a GPU is busier (docs/benchmarks.md), and no state has
+    to be passed.
+
+    Args:
+        setting: `linear_attention` as written. heads: (value heads, key heads) of every such layer.
+
+    Raises:
+        ValueError: too many ranks for the heads; the message gives the largest degree.
+    """
+    reason, way = _heads_reason(topology.size, heads), "over all ranks of a row"
+    mode: Literal["heads", "state"] = "heads"
+    if setting == "state" or (setting == "auto" and reason is not None):
+        reason, way, mode = _heads_reason(topology.ulysses, heads), "over ulysses, with state passed along the ring", "state"
+    if reason is None:
+        return mode
+    degree = topology.size if mode == "heads" else topology.ulysses
+    legal = [d for d in range(1, degree + 1) if _heads_reason(d, heads) is None]
+    advice = 'or "linear_attention": "state"' if mode == "heads" else "and a larger ring_size"
+    raise ValueError(
+        f"sequence_parallel.linear_attention: {setting}: Gated DeltaNet layers cannot share their heads {way} at degree {degree}: "
+        f"{reason}; use {'size' if mode == 'heads' else 'ulysses_size'} {max(legal)} at most (legal: {legal}), {advice}"
+    )
+
+
+def _heads_reason(degree: int, heads: list[tuple[int, int]]) -> str | None:
+    """Why `degree` ranks cannot split the (value heads, key heads) of every layer, or None."""
+    for value, key in dict.fromkeys(heads):
+        if value % degree:
+            return f"it does not divide the {value} value heads"
+        if key % degree and degree % key:
+            return f"it neither divides nor is a multiple of the {key} key heads"
+    return None

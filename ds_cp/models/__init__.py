@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Callable
 from typing import Protocol
 
+from torch import nn
 from transformers import PretrainedConfig
 
 FAMILY_PREFIX = "family_"
@@ -20,6 +22,21 @@ class Family(Protocol):
     @staticmethod
     def tiny(model_type: str) -> PretrainedConfig:
         """A config of a few thousand parameters for the tests."""
+
+    @staticmethod
+    def settle(model: nn.Module) -> None:
+        """Weights of a fresh tiny model under which the tests would miss nothing; no change where any will do."""
+
+    HANDLES: frozenset[str]
+    """What its models may have although not every model may: "recurrent" layers, mixtures of "experts"."""
+
+    @staticmethod
+    def mixers(model: nn.Module) -> dict[str, nn.Module]:
+        """Modules that mix tokens past HF's attention interface, by name; `attach` puts each under sequence parallelism."""
+
+    @staticmethod
+    def attach(module: nn.Module) -> Callable[[], None]:
+        """Replaces what one mixer computes, and returns what undoes it."""
 
     @staticmethod
     def refuse(config: PretrainedConfig) -> str | None:

@@ -25,8 +25,8 @@ from ds_cp.attention import attend
 from ds_cp.batch import Methods, SequenceContext
 from ds_cp.loss import CausalLMLoss
 from ds_cp.mesh import Mesh
-from ds_cp.models import lm_head
-from ds_cp.models.checks import attention_modules
+from ds_cp.models import family_of, lm_head
+from ds_cp.models.checks import token_mixers
 
 IMPLEMENTATION = "ds_cp"  # must not hold "flash": transformers branches on that substring
 HANDLE = "ds_cp_handle"
@@ -34,7 +34,7 @@ CONTEXT = "ds_cp_context"
 
 
 class Census:
-    """Counts the attention calls of one forward pass."""
+    """Counts the calls of layers that mix tokens in one forward pass."""
 
     def __init__(self) -> None:
         self.calls: Counter[int] = Counter()
@@ -43,7 +43,7 @@ class Census:
         missing = [name for name, module in expected.items() if self.calls[id(module)] != 1]
         if missing or len(self.calls) != len(expected):
             raise ValueError(
-                f"model: of {len(expected)} attention layers {len(expected) - len(missing)} ran under ds_cp; "
+                f"model: of {len(expected)} layers that mix tokens {len(expected) - len(missing)} ran under ds_cp; "
                 f"{', '.join(missing[:3])} did not run exactly once, so training would be wrong"
             )
 
@@ -70,17 +70,21 @@ class Handle:
         self.model.loss_function = self._loss_function
         self._head = lm_head.Door(self.model, self.loss_chunk)
         self._head.apply()
+        family = family_of(self.model.config)
+        undo = [family.attach(module) for module in family.mixers(self.model).values()] if family else []
         hooks = [
             self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             self.model.register_forward_hook(self._after_forward, with_kwargs=True),
         ]
-        self._undo = [before, hooks]
+        self._undo = [before, hooks, undo]
         setattr(self.model, HANDLE, self)
 
     def remove(self) -> None:
         """Gives the model back as it was, to the bit."""
         assert self._undo is not None, "not attached"
-        (implementation, loss), hooks = self._undo
+        (implementation, loss), hooks, undo = self._undo
+        for restore in undo:
+            restore()
         for hook in hooks:
             hook.remove()
         self._head.remove()
@@ -118,7 +122,7 @@ class Handle:
     def _after_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         context: SequenceContext = kwargs["cp"]
         if context.census is not None:
-            context.census.check(attention_modules(module))
+            context.census.check(token_mixers(module))
             self._checked = True
         output = self._head.end(output, context)
         logits = getattr(output, "logits", None)
@@ -198,6 +202,8 @@ def _fingerprint(key: str, x: Tensor) -> Tensor:
 def _refuse_keywords(given: dict[str, Any]) -> None:
     if given.get("past_key_values") is not None or given.get("use_cache"):
         raise ValueError("batch: decoding with a cache is not sharded; generate inside `with ds_cp.disabled(engine):`")
+    if given.get("output_router_logits"):
+        raise ValueError("batch: output_router_logits: the balance loss of a whole row is not in this version; leave it out")
     if given.get("output_attentions"):
         raise ValueError("batch: output_attentions is not available: the scores of a row are never in one place")
     keep = given.get("logits_to_keep", 0)

@@ -12,15 +12,39 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from ds_cp.kernels.delta import Shapes
 from ds_cp.models import family_of, model_types
 
-RECURRENT = ("deltanet", "mamba", "recurrent", "rwkv", "shortconv", "linearattention", "lightningattention")
+RECURRENT = ("deltanet", "deltaattention", "mamba", "recurrent", "rwkv", "shortconv", "linearattention", "lightningattention")
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
 def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Modules whose forward looks its kernel up in HF's attention interface, by name."""
     return {name: module for name, module in model.named_modules() if _uses_interface(type(module))}
+
+
+def token_mixers(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module that mixes tokens and runs under ds_cp, by name."""
+    family = family_of(model.config)
+    return {**attention_modules(model), **(family.mixers(model) if family else {})}
+
+
+def linear_shapes(model: PreTrainedModel) -> list[Shapes]:
+    """Of every Gated DeltaNet layer, with all its heads."""
+    family = family_of(model.config)
+    return [_shapes(module) for module in (family.mixers(model) if family else {}).values()]
+
+
+def _shapes(module: nn.Module) -> Shapes:
+    return Shapes(
+        key_heads=module.num_k_heads,
+        value_heads=module.num_v_heads,
+        key_size=module.head_k_dim,
+        value_size=module.head_v_dim,
+        conv_width=module.conv_kernel_size,
+        activation=module.activation,
+    )
 
 
 def heads(model: PreTrainedModel) -> list[tuple[int, int]]:
@@ -30,8 +54,8 @@ def heads(model: PreTrainedModel) -> list[tuple[int, int]]:
     return [(query, getattr(config, "num_key_value_heads", None) or query)]
 
 
-def heads_of_pretrained(name: str) -> list[tuple[int, int]]:
-    """Checks a model by name or path without its weights, and gives its heads.
+def heads_of_pretrained(name: str) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """Checks a model by name or path without its weights, and gives its heads: of attention, and (value, key) of DeltaNet layers.
 
     Raises:
         ValueError: there is no such model, or `refuse` refuses it.
@@ -42,7 +66,7 @@ def heads_of_pretrained(name: str) -> list[tuple[int, int]]:
     except OSError as error:
         raise ValueError(f"model: {name!r} cannot be read: {str(error).splitlines()[0]}") from error
     refuse(model)
-    return heads(model)
+    return heads(model), [(shapes.value_heads, shapes.key_heads) for shapes in linear_shapes(model)]
 
 
 def refuse(model: nn.Module) -> None:
@@ -86,17 +110,22 @@ def _of_architecture(model: PreTrainedModel, config: PretrainedConfig) -> Iterat
 
 
 def _of_layers(model: PreTrainedModel, config: PretrainedConfig) -> Iterator[str]:
+    family = family_of(model.config)
+    handled, mixers = (family.HANDLES, family.mixers(model)) if family else (frozenset(), {})
+    inside = {id(part) for mixer in mixers.values() for part in mixer.modules()}
     for name, module in model.named_modules():
         kind = type(module).__name__
-        if any(word in kind.lower() for word in RECURRENT):
-            yield f"{name} is a {kind}: recurrent layers are not in this version"
-        if isinstance(module, nn.Conv1d):
+        if any(word in kind.lower() for word in RECURRENT) and id(module) not in inside and not _holds(module, inside):
+            yield f"{name} is a {kind}: recurrent layers of this kind are not in this version"
+        if isinstance(module, nn.Conv1d) and id(module) not in inside:
             yield f"{name} is a convolution over tokens, which would not see the neighbouring shard"
+        if name.rsplit(".", 1)[-1] == "mtp":
+            yield f"{name} predicts several tokens at once, which is not in this version; load the model without it"
     for index, kind in enumerate(getattr(config, "layer_types", None) or ()):
-        if kind != "full_attention":
+        if kind != "full_attention" and not (kind == "linear_attention" and "recurrent" in handled):
             yield f"layer {index} is {kind}: only full_attention layers are in this version"
     for key in ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"):
-        if getattr(config, key, None):
+        if getattr(config, key, None) and "experts" not in handled:
             yield f"config.{key} is {getattr(config, key)}: mixtures of experts are not in this version"
     for name, module in attention_modules(model).items():
         if not getattr(module, "is_causal", True):
@@ -104,6 +133,11 @@ def _of_layers(model: PreTrainedModel, config: PretrainedConfig) -> Iterator[str
         window = getattr(module, "sliding_window", getattr(config, "sliding_window", None))  # per layer where it is
         if window:
             yield f"{name} has a sliding window of {window}: set config.sliding_window to None for full attention"
+
+
+def _holds(module: nn.Module, inside: set[int]) -> bool:
+    """Whether a module is only the wrapping of supported ones (OLMo-Hybrid names its whole layer after its attention)."""
+    return any(id(part) in inside for part in module.modules())
 
 
 def _of_scores(model: PreTrainedModel, config: PretrainedConfig) -> Iterator[str]:
@@ -127,11 +161,11 @@ def _rope_types(config: PretrainedConfig) -> list[str]:
 
 
 def _of_interface(model: PreTrainedModel, config: PretrainedConfig) -> Iterator[str]:
-    found = attention_modules(model)
+    found = token_mixers(model)
     if len(found) != config.num_hidden_layers:
         yield (
-            f"{len(found)} of its {config.num_hidden_layers} layers go through transformers' attention interface, so the "
-            "others could not be sharded"
+            f"{len(found)} of its {config.num_hidden_layers} layers mix tokens through transformers' attention interface or "
+            "in a way that ds_cp knows, so the others could not be sharded"
         )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+from torch import nn
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
 MODEL_TYPES = frozenset(
@@ -22,6 +24,8 @@ MODEL_TYPES = frozenset(
         "seed_oss",
     }
 )
+
+HANDLES: frozenset[str] = frozenset()
 
 _TINY: dict[str, Any] = {
     "vocab_size": 96,
@@ -55,3 +59,15 @@ def tiny(model_type: str) -> PretrainedConfig:
 
 def refuse(config: PretrainedConfig) -> str | None:
     return None
+
+
+def settle(model: nn.Module) -> None:
+    pass
+
+
+def mixers(model: nn.Module) -> dict[str, nn.Module]:
+    return {}
+
+
+def attach(module: nn.Module) -> Callable[[], None]:
+    raise AssertionError("a dense model has no mixers")

@@ -43,6 +43,8 @@ IMPORTS = _table(
         "kernels.merge": "kernels.merge_cuda",
         "kernels.merge_cuda": "",
         "kernels.choice": "tiles kernels.attention",
+        "reshard": "layout comm",
+        "placement": "layout mesh comm kernels.delta",
         "batch": "layout tiles mesh",
         "ring": "tiles comm batch",
         "attention": "ring tiles comm batch",
@@ -64,10 +66,12 @@ IMPORTS = _table(
 
 BEYOND = _table(
     {
-        "attention": "topology",  # the head split: a pure function that every rank calls alike
+        "attention": "topology reshard layout",  # the head split, a pure function; tokens that ranks do not hold in its order
+        "batch": "placement",  # what ranks hold
+        "delta": "topology reshard mesh",  # the head split; moving heads; the axis that shares them
         "ring": "kernels.merge kernels.attention",  # merging; the type of what sums dq
         "loss": "batch tiled_head",  # SequenceContext and IGNORE; what a token's loss is made of
-        "models": "comm mesh tiled_head token_values",  # the same-row check; the head
+        "models": "comm mesh tiled_head token_values kernels.delta",  # the same-row check; the head; shapes of recurrent layers
         "engine": "token_values",  # the public function
         "trainer": "batch comm config factor mesh",  # reads the block, counts targets and verifies the factor as engine does
         "cli": "topology layout models",  # what `check` resolves: sizes, padding, a model's heads; there is no planner yet

@@ -57,3 +57,13 @@ def test_a_model_is_checked_without_weights(tmp_path: Path) -> None:
     missing = check(tmp_path, {"size": 4}, "--ranks", "4", "--model", str(tmp_path / "nowhere"))
     assert missing.exit_code == 1
     assert "cannot be read" in " ".join(missing.output.split())
+
+
+def test_recurrent_layers_are_checked_too(tmp_path: Path) -> None:
+    selftest.tiny_model("qwen3_5_text").config.save_pretrained(tmp_path / "hybrid")
+    arguments = ("--ranks", "16", "--model", str(tmp_path / "hybrid"))
+    shown = " ".join(check(tmp_path, {"size": "auto"}, *arguments).output.split())
+    assert "linear_attention │ state" in shown
+    result = check(tmp_path, {"size": "auto", "linear_attention": "heads"}, *arguments)
+    assert result.exit_code == 1
+    assert "use size 8 at most" in " ".join(result.output.split())

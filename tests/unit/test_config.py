@@ -45,12 +45,8 @@ WHOLE_BLOCK = """
 
 LATER: tuple[tuple[str, Any], ...] = (
     ("layout", "zigzag_documents"),
-    ("linear_attention", "heads"),
-    ("linear_attention", "state"),
     ("attention_head_chunks", 2),
     ("profile", True),
-    ("delta_kernel", "fla"),
-    ("delta_kernel", "reference"),
     ("tiled_mlp", True),
     ("activation_offload", True),
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 from typing import Any
 
 import pytest
@@ -11,9 +13,10 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSeq2S
 from ds_cp import selftest, topology
 from ds_cp.batch import IGNORE, Methods
 from ds_cp.kernels import attention as kernels
+from ds_cp.kernels import delta as deltas
 from ds_cp.loss import CausalLMLoss
 from ds_cp.mesh import AxisGroup, Mesh
-from ds_cp.models import attach, checks, families, family_dense, model_types
+from ds_cp.models import attach, checks, families, family_dense, family_gated_delta, model_types
 
 SMALL = {
     "vocab_size": 64,
@@ -43,10 +46,20 @@ REFUSED = {
         "num_local_experts is 2",
     ),
     "experts (mixtral)": (lambda: small("mixtral", num_local_experts=2), "mixtures of experts"),
-    "recurrent (mamba)": (lambda: small("mamba", state_size=4), "recurrent layers are not in this version"),
-    "recurrent (qwen3_next)": (
-        lambda: small("qwen3_next", num_experts=2, layer_types=["linear_attention", "full_attention"], moe_intermediate_size=8),
-        "recurrent layers are not in this version",
+    "recurrent (mamba)": (lambda: small("mamba", state_size=4), "recurrent layers of this kind are not in this version"),
+    "recurrent (kimi_linear)": (
+        lambda: small(
+            "kimi_linear",
+            pad_token_id=0,
+            layer_types=["linear_attention", "full_attention"],
+            num_experts=2,
+            num_experts_per_token=1,
+        ),
+        "is a KimiLinearDeltaAttention: recurrent layers of this kind are not in this version",
+    ),
+    "balance loss (qwen3_next)": (
+        lambda: small("qwen3_next", num_experts=2, moe_intermediate_size=8, output_router_logits=True),
+        "the balance loss of a whole row is not in this version",
     ),
     "dropout (llama)": (lambda: small("llama", attention_dropout=0.1), "attention_dropout is 0.1: set it to 0"),
     "length-dependent rope (llama)": (
@@ -97,7 +110,8 @@ def alone() -> Mesh:
 
 
 def attached(model: PreTrainedModel, kernel: str = "torch_cpu", loss_chunk: int = 0) -> attach.Handle:
-    methods = Methods(attention=kernels.load(kernel), layout="zigzag", gathered=False)
+    delta = deltas.load("reference") if checks.linear_shapes(model) else None
+    methods = Methods(attention=kernels.load(kernel), layout="zigzag", gathered=False, delta=delta)
     handle = attach.Handle(model, alone(), methods, CausalLMLoss("mean", divisor=lambda: 1), loss_chunk=loss_chunk)
     handle.apply()
     return handle
@@ -129,6 +143,44 @@ def test_an_attached_model_saves_a_config_without_our_implementation(tmp_path: A
     assert attach.IMPLEMENTATION not in (tmp_path / "config.json").read_text()
 
 
+@pytest.mark.parametrize("model_type", sorted(family_gated_delta.MODEL_TYPES))
+def test_forwards_that_are_restated_are_those_that_were_read(model_type: str) -> None:
+    for module in family_gated_delta.mixers(selftest.tiny_model(model_type)).values():
+        source = inspect.getsource(inspect.unwrap(type(module).forward))
+        found = hashlib.sha256(source.encode()).hexdigest()[:16]
+        name = type(module).__name__
+        assert found == family_gated_delta.SOURCES[name], f"{name} has changed: re-read this forward, then note {found}"
+
+
+@pytest.mark.parametrize("model_type", sorted(family_gated_delta.MODEL_TYPES))
+def test_one_rank_of_a_hybrid_computes_what_hf_does_and_gives_the_model_back(model_type: str) -> None:
+    model = selftest.tiny_model(model_type)
+    batch = {"input_ids": torch.arange(3, 70).unsqueeze(0), "labels": torch.arange(3, 70).unsqueeze(0)}
+    before = model(**batch)
+    handle = attached(model)
+    sharded = model(**batch)
+    assert handle._checked, "the census has counted recurrent layers too"
+    torch.testing.assert_close(sharded.loss, before.loss, rtol=1e-5, atol=0)
+    torch.testing.assert_close(sharded.logits, before.logits, rtol=1e-4, atol=1e-5)
+    handle.remove()
+    assert torch.equal(model(**batch).logits, before.logits)
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_a_recurrent_layer_called_past_the_hooks_is_stopped() -> None:
+    model = selftest.tiny_model("qwen3_5_text")
+    attached(model)
+    with pytest.raises(ValueError, match="without ds_cp's context"):
+        model.model.layers[0].linear_attn(torch.zeros(1, 4, 64))
+
+
+def test_decoding_a_hybrid_with_a_cache_is_refused() -> None:
+    model = selftest.tiny_model("qwen3_5_text")
+    attached(model)
+    with pytest.raises(ValueError, match="decoding with a cache is not sharded"):
+        model(input_ids=torch.arange(3, 40).unsqueeze(0), use_cache=True)
+
+
 def test_a_model_that_drops_the_context_is_stopped() -> None:
     model = selftest.tiny_model("llama")
     attached(model)
@@ -143,7 +195,7 @@ def test_a_layer_that_never_calls_the_interface_is_stopped_by_the_census() -> No
     model = selftest.tiny_model("llama")
     attached(model)
     model.model.layers[1].self_attn.forward = lambda hidden_states, **kwargs: (hidden_states, None)
-    with pytest.raises(ValueError, match=r"of 2 attention layers 1 ran under ds_cp; model\.layers\.1\.self_attn"):
+    with pytest.raises(ValueError, match=r"of 2 layers that mix tokens 1 ran under ds_cp; model\.layers\.1\.self_attn"):
         model(input_ids=torch.arange(3, 40).unsqueeze(0))
 
 

@@ -243,3 +243,40 @@ def test_a_degree_that_cannot_split_the_heads_is_refused_with_the_legal_ones(
         resolve(ulysses=ulysses, heads=heads)
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         resolve(ring=8 // ulysses, heads=heads)
+
+
+# Gated DeltaNet heads: (value heads, key heads)
+
+
+@pytest.mark.parametrize(
+    ("setting", "sizes", "heads", "wanted"),
+    [
+        ("auto", (4, 2), (32, 16), "heads"),
+        ("auto", (4, 8), (32, 16), "heads"),  # key heads shared by two ranks
+        ("auto", (4, 16), (32, 16), "state"),  # 64 ranks, 32 value heads
+        ("auto", (1, 3), (32, 16), "state"),
+        ("state", (4, 2), (32, 16), "state"),
+        ("heads", (32, 1), (32, 16), "heads"),
+    ],
+)
+def test_how_recurrent_layers_are_sharded(setting: str, sizes: tuple[int, int], heads: tuple[int, int], wanted: str) -> None:
+    assert topology.resolve_linear(setting, Topology(*sizes, data=1), [heads]) == wanted
+
+
+def test_too_many_ranks_for_the_heads_names_the_largest_degree() -> None:
+    with pytest.raises(ValueError, match=r"degree 64: it does not divide the 32 value heads; use size 32 at most") as caught:
+        topology.resolve_linear("heads", Topology(4, 16, data=1), [(32, 16)])
+    assert '"linear_attention": "state"' in str(caught.value)
+    with pytest.raises(ValueError, match=r"with state passed along the ring at degree 64: .*; use ulysses_size 32 at most"):
+        topology.resolve_linear("state", Topology(64, 2, data=1), [(32, 16)])
+
+
+@pytest.mark.parametrize(("linear", "wanted"), [("auto", (2, 8)), ("state", (2, 8)), ("heads", (8, 2))])
+def test_auto_ulysses_splits_recurrent_heads_where_state_is_passed(linear: str, wanted: tuple[int, int]) -> None:
+    found = topology.resolve(16, "auto", "auto", world=16, local_world=8, heads=[(32, 8)], linear_heads=[(2, 2)], linear=linear)
+    assert (found.ulysses, found.ring) == wanted
+
+
+def test_auto_ulysses_does_not_look_at_recurrent_heads_that_all_ranks_share() -> None:
+    found = topology.resolve(8, "auto", "auto", world=8, local_world=8, heads=[(4, 4)], linear_heads=[(32, 16)])
+    assert (found.ulysses, found.ring) == (4, 2)
