@@ -45,6 +45,9 @@ class DataArguments:
     data_split: str = field(default="train", metadata={"help": "split of a dataset"})
     text_field: str = field(default="text", metadata={"help": "field of a .jsonl line or a dataset's row that holds the text"})
     seq_length: int = field(default=1024, metadata={"help": "tokens in every row"})
+    join_documents: bool = field(
+        default=False, metadata={"help": "make every row one document: positions do not restart and texts see those before them"}
+    )
     max_rows: int = field(default=0, metadata={"help": "stop reading after so many rows; 0 reads everything"})
     eval_rows: int = field(default=0, metadata={"help": "rows, the last ones, to evaluate on and not to train on"})
 
@@ -101,6 +104,8 @@ def write_rows(path: Path, args: DataArguments, tokenizer: PreTrainedTokenizerBa
     try:
         with partial.open("wb") as file:
             for row in islice(rows, args.max_rows or None):
+                if args.join_documents:
+                    row[1] = np.arange(args.seq_length)
                 file.write(row.tobytes())
         partial.replace(path)
     finally:

@@ -116,13 +116,14 @@ _PROJECTIONS: Mapping[str, Callable[[nn.Module, Tensor], Projected]] = {
     "OlmoHybridGatedDeltaNet": _olmo_hybrid,
 }
 
-SOURCES: Mapping[str, str] = {
-    "Qwen3_5GatedDeltaNet": "8f31ae7d35daf534",
-    "Qwen3_5MoeGatedDeltaNet": "8f31ae7d35daf534",
-    "Qwen3NextGatedDeltaNet": "177c5d3df989a7b4",
-    "OlmoHybridGatedDeltaNet": "167004f14399b33e",
+SOURCES: Mapping[str, tuple[str, ...]] = {
+    "Qwen3_5GatedDeltaNet": ("8f31ae7d35daf534", "bd25761e1031fff0"),
+    "Qwen3_5MoeGatedDeltaNet": ("8f31ae7d35daf534", "bd25761e1031fff0"),
+    "Qwen3NextGatedDeltaNet": ("177c5d3df989a7b4", "fc80496fd00b7992"),
+    "OlmoHybridGatedDeltaNet": ("167004f14399b33e", "2cf524e0f1f4b609"),
 }
-"""Beginning of the SHA-256 of each forward's source that this file restates (transformers 5.23); a test tells when one changes."""
+"""Beginning of the SHA-256 of the source of each forward that this file restates, of transformers 5.23 and 5.17, which reach the
+kernels in different ways and compute the same; a test tells when there is another."""
 
 _TINY: dict[str, Any] = {
     "vocab_size": 96,

@@ -69,11 +69,15 @@ def own_noise(model_type: str, rows: list[dict[str, Any]], changes: dict[str, An
     return max(selftest.compare(*selftest.reference(model, rows, "mean"), *reference).worst[1] for model in others)
 
 
-def check(pool, world: int, model_type: str, **run: Any) -> None:
+def bar(model_type: str, batches: list[dict[str, Any]] | None = None, changes: dict[str, Any] | None = None, **_: Any) -> float:
     """1e-5, or three times what HF differs from itself: these layers' gradients cancel over the row."""
-    noise = own_noise(model_type, run.get("batches") or jobs.rows(1, 50), run.get("changes") or {})
+    noise = own_noise(model_type, batches or jobs.rows(1, 50), changes or {})
     assert noise <= 2e-5, "the tiny model is too badly conditioned to show anything"
-    assert_parity(pool(world).run(jobs.parity, model_type=model_type, **run), max(1e-5, 3 * noise))
+    return max(1e-5, 3 * noise)
+
+
+def check(pool, world: int, model_type: str, **run: Any) -> None:
+    assert_parity(pool(world).run(jobs.parity, model_type=model_type, **run), bar(model_type, **run))
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=lambda m: f"u{m[0]}r{m[1]}")

@@ -173,6 +173,15 @@ class TestPacking:
             "labels": [IGNORE, 8, IGNORE, IGNORE],
         }
 
+    def test_joined_documents_are_one_a_row(self, tmp_path: Path) -> None:
+        (tmp_path / "a.txt").write_text("abc" * 20)
+        (tmp_path / "b.txt").write_text("xyz" * 20)
+        args = train_data.DataArguments(data=str(tmp_path), seq_length=32, join_documents=True)
+        train_data.write_rows(tmp_path / "rows", args, train_data.byte_tokenizer())
+        for row in train_data.PackedRows(tmp_path / "rows", 32):
+            assert row["position_ids"].tolist() == list(range(32))
+            assert int((row["labels"] == train_data.IGNORE).sum()) == 1
+
     def test_the_same_data_gives_the_same_file(self, tmp_path: Path) -> None:
         files = {limit: tmp_path / f"{limit}.bin" for limit in (8, 5)}
         for limit, file in files.items():

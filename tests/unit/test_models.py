@@ -149,7 +149,7 @@ def test_forwards_that_are_restated_are_those_that_were_read(model_type: str) ->
         source = inspect.getsource(inspect.unwrap(type(module).forward))
         found = hashlib.sha256(source.encode()).hexdigest()[:16]
         name = type(module).__name__
-        assert found == family_gated_delta.SOURCES[name], f"{name} has changed: re-read this forward, then note {found}"
+        assert found in family_gated_delta.SOURCES[name], f"{name} has changed: re-read this forward, then note {found}"
 
 
 @pytest.mark.parametrize("model_type", sorted(family_gated_delta.MODEL_TYPES))
