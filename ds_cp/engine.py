@@ -78,12 +78,12 @@ def initialize(
     preflight.check_extension_locks()
     deepspeed.init_distributed(dist_init_required=dist_init_required)
     preflight.check_world_size()
-    mesh_ = prepare(model, block)
+    mesh_, methods = prepare(model, block, ds_config)
     factor.verify(ds_config, backward_divides=True)
     ours = {k: v for k, v in ds_config.items() if k != configs.BLOCK}
     ours["sequence_parallel_size"] = mesh_.seq.size  # DeepSpeed's batch arithmetic then counts replicas
     engine, optimizer, _, scheduler = deepspeed.initialize(**given, config=ours)
-    attach_model(engine.module, block, mesh_, engine.gradient_accumulation_steps)
+    attach_model(engine.module, block, mesh_, engine.gradient_accumulation_steps, methods)
     loader = None if training_data is None else _loader(training_data, collate_fn, engine, block, mesh_)
     return engine, optimizer, loader, scheduler
 
@@ -100,8 +100,11 @@ def _loader(data: Any, collate_fn: Any, engine: deepspeed.DeepSpeedEngine, block
     )
 
 
-def prepare(model: nn.Module, block: Config) -> Mesh:
+def prepare(model: nn.Module, block: Config, ds_config: Mapping[str, Any]) -> tuple[Mesh, Methods]:
     """Everything that can be refused, then the process groups; the process group of the job must be up.
+
+    Returns:
+        The mesh, and how layers are computed on it.
 
     Raises:
         ValueError: the model or the sizes are not supported.
@@ -121,19 +124,22 @@ def prepare(model: nn.Module, block: Config) -> Mesh:
         linear_heads=linear_heads(inner),
         linear=block.linear_attention,
     )
-    methods = methods_of(block, inner, degrees)
+    methods = methods_of(block, inner, degrees, compute_dtype(ds_config, inner))
     mesh_ = mesh.build(degrees, block.comm_timeout_s)
     if dist.get_rank() == 0:
         print_table(block, mesh_, methods, inner)
-    return mesh_
+    return mesh_, methods
 
 
-def attach_model(model: nn.Module, block: Config, mesh_: Mesh, divisor: Callable[[], int]) -> attach.Handle:
-    """Hooks the HF model inside `model`; `divisor` is what backward divides a loss by."""
+def attach_model(
+    model: nn.Module, block: Config, mesh_: Mesh, divisor: Callable[[], int], methods: Methods | None = None
+) -> attach.Handle:
+    """Hooks the HF model inside `model`; `divisor` is what backward divides a loss by, `methods` what `prepare` returned."""
+    inner = attach.find(model)
     handle = attach.Handle(
-        model=attach.find(model),
+        model=inner,
         mesh=mesh_,
-        methods=methods_of(block, attach.find(model), mesh_.topology),
+        methods=methods or methods_of(block, inner, mesh_.topology, compute_dtype({}, inner)),
         loss=CausalLMLoss(reduction=block.loss_reduction, divisor=divisor),
         loss_chunk=block.loss_chunk,
     )
@@ -141,8 +147,22 @@ def attach_model(model: nn.Module, block: Config, mesh_: Mesh, divisor: Callable
     return handle
 
 
-def methods_of(block: Config, model: nn.Module, degrees: topology.Topology) -> Methods:
+def compute_dtype(ds_config: Mapping[str, Any], model: nn.Module) -> torch.dtype:
+    """The dtype of activations: what DeepSpeed makes of the model under this config, else the model's own."""
+    for names, dtype in {("bf16", "bfloat16"): torch.bfloat16, ("fp16",): torch.float16}.items():
+        if any(ds_config.get(name, {}).get("enabled") is True for name in names):
+            return dtype
+    autocast = ds_config.get("torch_autocast", {})
+    if autocast.get("enabled") is True:
+        return getattr(torch, str(autocast.get("dtype", "bfloat16")).removeprefix("torch."))
+    return next(model.parameters()).dtype
+
+
+def methods_of(block: Config, model: nn.Module, degrees: topology.Topology, dtype: torch.dtype) -> Methods:
     """How layers are computed, every "auto" resolved.
+
+    Args:
+        dtype: of the activations.
 
     Raises:
         ValueError: a kernel cannot serve here, or the DeltaNet layers have too few heads for the ranks.
@@ -153,7 +173,7 @@ def methods_of(block: Config, model: nn.Module, degrees: topology.Topology) -> M
         attention=kernel_of(block),
         layout=block.layout,
         gathered=block.ring_impl == "allgather",
-        delta=_delta_kernel(block, model, shapes, passing=linear == "state" and degrees.ring > 1) if shapes else None,
+        delta=_delta_kernel(block, shapes, dtype, passing=linear == "state" and degrees.ring > 1) if shapes else None,
         linear=linear,
     )
 
@@ -163,10 +183,9 @@ def linear_heads(model: nn.Module) -> list[tuple[int, int]]:
     return [(shapes.value_heads, shapes.key_heads) for shapes in checks.linear_shapes(model)]
 
 
-def _delta_kernel(block: Config, model: nn.Module, shapes: list[deltas.Shapes], passing: bool) -> deltas.Kernel:
+def _delta_kernel(block: Config, shapes: list[deltas.Shapes], dtype: torch.dtype, passing: bool) -> deltas.Kernel:
     device = get_accelerator().device_name()
     kernel = deltas.resolve(block.delta_kernel, device)
-    dtype = next(model.parameters()).dtype
     for each in dict.fromkeys(shapes):
         reason = kernel.unsupported(each, device, dtype, passing)
         if reason is not None:

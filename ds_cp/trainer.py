@@ -42,9 +42,9 @@ class TrainerMixin:
             return
         _check_launch(self.accelerator.num_processes)
         _check_arguments(self)
-        mesh = engine.prepare(self.model, block)
+        mesh, methods = engine.prepare(self.model, block, ds_config)
         factor.verify(ds_config, backward_divides=False)  # HF passes scale_wrt_gas=False
-        engine.attach_model(self.model, block, mesh, divisor=lambda: 1)
+        engine.attach_model(self.model, block, mesh, divisor=lambda: 1, methods=methods)
         if block.loss_reduction in ("mean", "sum"):
             self.model_accepts_loss_kwargs = False  # no num_items_in_batch
         self.loss_is_scaled_for_ga = {"mean": False, "token_mean": True, "sum": True}.get(block.loss_reduction)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
-from ds_cp import selftest, topology
+from ds_cp import engine, selftest, topology
 from ds_cp.batch import IGNORE, Methods
 from ds_cp.kernels import attention as kernels
 from ds_cp.kernels import delta as deltas
@@ -245,3 +245,17 @@ def test_a_row_without_targets_has_a_loss_and_a_gradient_of_zero() -> None:
     loss.backward()
     assert loss.item() == 0.0
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("section", "wanted"),
+    [
+        ({}, torch.float32),
+        ({"bf16": {"enabled": True}}, torch.bfloat16),
+        ({"bf16": {"enabled": "auto"}, "fp16": {"enabled": False}}, torch.float32),
+        ({"fp16": {"enabled": True}}, torch.float16),
+        ({"torch_autocast": {"enabled": True, "dtype": "torch.bfloat16"}}, torch.bfloat16),
+    ],
+)
+def test_kernels_are_asked_for_the_dtype_that_deepspeed_will_make(section: dict[str, Any], wanted: torch.dtype) -> None:
+    assert engine.compute_dtype(section, torch.nn.Linear(2, 2)) == wanted
