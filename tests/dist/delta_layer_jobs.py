@@ -11,6 +11,7 @@ from torch.nn import functional
 from ds_cp import batch as batches
 from ds_cp import comm, delta, mesh, reshard
 from ds_cp import layout as layouts
+from ds_cp.attention import attend
 from ds_cp.kernels import attention
 from ds_cp.kernels import delta as kernels
 from ds_cp.topology import Topology
@@ -80,6 +81,21 @@ def traffic(ulysses: int, ring: int, linear: str, heads: tuple[int, int]) -> dic
         out = delta.mix(*mine, layer, context)
     with back:
         torch.autograd.grad(out, mine, _shard(dout, context, axes))
+    mesh.destroy(axes)
+    return {"there": there.exchanged, "back": back.exchanged}
+
+
+def attention_traffic(ulysses: int, ring: int, kv_heads: int) -> dict[str, list[int]]:
+    """Elements through each all-to-all of an attention layer, 8 query heads of 16, whose tokens are held in pieces."""
+    axes = mesh.build(Topology(ulysses=ulysses, ring=ring, data=1), timeout_s=60)
+    context = _context(axes, "state", [64])
+    tokens = 64 // (ulysses * ring)
+    tensors = [torch.randn(1, heads, tokens, 16).requires_grad_() for heads in (8, kv_heads, kv_heads)]
+    there, back = jobs.Traffic(), jobs.Traffic()
+    with there:
+        out = attend(*tensors, context, 0.3)
+    with back:
+        torch.autograd.grad(out, tensors, torch.ones_like(out))
     mesh.destroy(axes)
     return {"there": there.exchanged, "back": back.exchanged}
 

@@ -55,6 +55,16 @@ def test_what_a_layer_sends_is_the_formula_of_the_docs(pool, mesh, linear: str, 
         assert found == {"there": there, "back": there[::-1]}
 
 
+@pytest.mark.parametrize(("mesh", "kv_heads", "kv_sent"), [((1, 4), 4, 4), ((2, 2), 4, 4), ((2, 2), 1, 2)])
+def test_attention_fetches_each_token_and_head_once(pool, mesh: tuple[int, int], kv_heads: int, kv_sent: int) -> None:
+    """Where ranks hold consecutive pieces: what Ulysses alone would send, and nothing for the other order."""
+    tokens = 64 // (mesh[0] * mesh[1])
+    there = [tokens * (8 + 2 * kv_sent) * 16, tokens * 8 * 16]
+    for found in pool(4).run(delta_layer_jobs.attention_traffic, ulysses=mesh[0], ring=mesh[1], kv_heads=kv_heads):
+        assert sum(found["there"]) == sum(there), found
+        assert sum(found["back"]) == sum(there), found
+
+
 def own_noise(model_type: str, rows: list[dict[str, Any]], changes: dict[str, Any]) -> float:
     """What rounding alone does to HF's own gradients: another attention implementation, and weights changed in their last bit.
 
