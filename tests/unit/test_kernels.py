@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from ds_cp.kernels import attention
-from ds_cp.kernels.attention import Kernel
+from ds_cp.kernels.attention import Kernel, torch_cpu
 from ds_cp.kernels.merge import merge_, total
 from ds_cp.tiles import Tile
 
@@ -203,10 +203,37 @@ def test_every_head_size_equals_dense_attention(kernel: Kernel, tile: Tile, size
 
 
 @every_kernel
-@pytest.mark.parametrize("tile", [causal(700), causal(300, 301, 700), rectangle(300, 700)], ids=["one", "three", "rectangle"])
+@pytest.mark.parametrize(
+    "tile", [causal(700), causal(300, 301, 700), causal(1700), rectangle(300, 700)], ids=["one", "three", "longer", "rectangle"]
+)
 def test_tiles_longer_than_a_kernels_blocks_equal_dense_attention(kernel: Kernel, tile: Tile) -> None:
     tensors = inputs(tile, (2, 1))
     assert_close(computed(kernel, *tensors, tile), dense(*tensors, allowed(tile)), 1e-10)
+
+
+@pytest.mark.parametrize("keys", [4, 6])
+@pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(
+    "tile",
+    [causal(4), causal(7), causal(24), causal(5, 6, 24), rectangle(2, 19), rectangle(19, 7)],
+    ids=["one part", "two", "many", "documents", "wide", "high"],
+)
+def test_the_cpu_kernels_backward_over_parts_of_the_keys_equals_dense_attention(
+    monkeypatch: pytest.MonkeyPatch, tile: Tile, dtype: torch.dtype, heads: tuple[int, int], keys: int
+) -> None:
+    monkeypatch.setattr(torch_cpu, "KEYS", keys)
+    monkeypatch.setattr(torch_cpu, "LINE", 2)
+    tensors = inputs(tile, heads, dtype=dtype)
+    assert_close(computed(torch_cpu, *tensors, tile), dense(*tensors, allowed(tile)), TOLERANCE[dtype])
+
+
+@given(length=st.integers(1, 100_000))
+def test_the_cpu_kernels_parts_cover_the_keys_once_and_stay_below_its_own_block(length: int) -> None:
+    parts = torch_cpu._parts(length)
+    assert [start for start, _ in parts] == [0, *(end for _, end in parts[:-1])]
+    assert parts[-1][1] == length
+    assert all(0 < end - start <= torch_cpu.KEYS for start, end in parts)
 
 
 @every_kernel
