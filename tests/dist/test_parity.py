@@ -85,6 +85,12 @@ def test_packed_documents_do_not_see_each_other(pool, mesh: tuple[int, int]) -> 
 
 
 @pytest.mark.parametrize("mesh", [(2, 1), (1, 2)], ids=["u2r1", "r2"])
+def test_documents_that_the_cpu_kernel_computes_in_parts(pool, mesh: tuple[int, int]) -> None:
+    batches = [packed([1500, 7, 1300])]
+    assert_parity(pool(2).run(jobs.parity, model_type="llama", block=block(*mesh), stage=3, batches=batches))
+
+
+@pytest.mark.parametrize("mesh", [(2, 1), (1, 2)], ids=["u2r1", "r2"])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padded_batches(pool, side: str, mesh: tuple[int, int]) -> None:
     batches = [padded([40, 9, 23], side)]
