@@ -135,6 +135,17 @@ def test_lower_precision_is_computed_in_fp32() -> None:
     assert torch.equal(found, reference.delta_rule(*same, Span((0, 40, 100))).bfloat16())
 
 
+def test_autocast_does_not_lower_the_precision() -> None:
+    tensors = inputs(100, SHAPES, dtype=torch.float32)
+    plain = results(reference.delta_rule, tensors, Span((0, 40, 100)))
+
+    def under(*args: object) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return reference.delta_rule(*args)
+
+    assert all(torch.equal(a, b) for a, b in zip(plain, results(under, tensors, Span((0, 40, 100))), strict=True))
+
+
 def test_a_document_is_the_same_to_rounding_wherever_it_stands() -> None:
     alone = inputs(70, SHAPES)
     packed = [torch.cat([x * 3, x, x]) for x in alone]

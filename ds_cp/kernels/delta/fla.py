@@ -119,7 +119,8 @@ def delta_rule(q_SKH: Tensor, k_SKH: Tensor, v_SVG: Tensor, g_SV: Tensor, beta_S
             chunk_indices=plan.chunks,
         )
     else:
-        out = Segments.apply(*tensors, span, plan_of(span, q_SKH.device, tokens))
+        with torch.autocast(q_SKH.device.type, enabled=False):  # states are composed in fp32
+            out = Segments.apply(*tensors, span, plan_of(span, q_SKH.device, tokens))
     return out.squeeze(0)
 
 

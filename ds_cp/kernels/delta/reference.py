@@ -64,6 +64,11 @@ def convolve(x_SC: Tensor, weight_CW: Tensor, bias_C: Tensor | None, activation:
 
 
 def delta_rule(q_SKH: Tensor, k_SKH: Tensor, v_SVG: Tensor, g_SV: Tensor, beta_SV: Tensor, span: Span) -> Tensor:
+    with torch.autocast(q_SKH.device.type, enabled=False):  # it would compute the products in bf16
+        return _delta_rule(q_SKH, k_SKH, v_SVG, g_SV, beta_SV, span)
+
+
+def _delta_rule(q_SKH: Tensor, k_SKH: Tensor, v_SVG: Tensor, g_SV: Tensor, beta_SV: Tensor, span: Span) -> Tensor:
     work, heads = _work_dtype(q_SKH), v_SVG.shape[1]
     sharing = heads // q_SKH.shape[1]
     q_KPLH = _chunks(_normalised(q_SKH.to(work)) * q_SKH.shape[-1] ** -0.5)
