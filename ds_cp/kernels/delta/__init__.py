@@ -129,13 +129,17 @@ def shapes_reason(shapes: Shapes) -> str | None:
 
 
 def hopper_reason(capability: int, triton: str, tilelang: bool) -> str | None:
-    """Why fla would refuse the backward on a GPU of this major compute capability, in the middle of training, or None."""
+    """Why fla would refuse the backward on a GPU of this major compute capability, in the middle of training, or None.
+
+    Args:
+        triton: its version. tilelang: whether fla can use it: installed, with an nvcc to compile, and not switched off.
+    """
     release = tuple(int(part) for part in triton.split("+")[0].split(".")[:3])
     if capability != 9 or tilelang or not (3, 4) <= release < (3, 7, 1):
         return None
     return (
         f"on Hopper under Triton {triton} fla's backward needs tilelang (Triton 3.4 to 3.7.0 compute it wrong): "
-        'pip install "tilelang>=0.1.9", or a PyTorch whose Triton is 3.7.1 or newer'
+        'pip install "tilelang>=0.1.9" beside a CUDA toolkit with nvcc, or a PyTorch whose Triton is 3.7.1 or newer'
     )
 
 

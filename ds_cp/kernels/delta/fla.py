@@ -51,6 +51,7 @@ MIN_CUT = 3
 
 if VERSION == TRIED:
     from fla.modules.norm.l2norm import l2norm_bwd, l2norm_fwd
+    from fla.ops.common.backends.tilelang import CommonTileLangBackend
     from fla.ops.common.chunk_delta_h import chunk_gated_delta_rule_bwd_dhu, chunk_gated_delta_rule_fwd_h
     from fla.ops.common.chunk_o import chunk_bwd_dqkwg, chunk_bwd_dv_local, chunk_fwd_o
     from fla.ops.gated_delta_rule.chunk_fwd import chunk_gated_delta_rule_fwd_intra
@@ -72,7 +73,8 @@ def unsupported(shapes: Shapes, device: str, dtype: Any, passing: bool) -> str |
     if passing and VERSION != TRIED:
         return f"state passing is written for fla-core {TRIED}, {VERSION} is installed; {INSTALL}, or linear_attention: heads"
     major = torch.cuda.get_device_capability()[0]
-    return shapes_reason(shapes) or hopper_reason(major, metadata.version("triton"), find_spec("tilelang") is not None)
+    tilelang = CommonTileLangBackend.can_use() if VERSION == TRIED else find_spec("tilelang") is not None
+    return shapes_reason(shapes) or hopper_reason(major, metadata.version("triton"), tilelang)
 
 
 # Convolution
@@ -88,9 +90,7 @@ def convolve(x_SC: Tensor, weight_CW: Tensor, bias_C: Tensor | None, activation:
         bias_C,
         initial_state=halo,
         activation=activation,
-        cu_seqlens=plan.cu_seqlens,
-        cu_seqlens_cpu=plan.cu_seqlens_cpu,
-        chunk_indices=plan.chunks,
+        **_where(plan),
     )
     return out.squeeze(0)
 
@@ -111,13 +111,7 @@ def delta_rule(q_SKH: Tensor, k_SKH: Tensor, v_SVG: Tensor, g_SV: Tensor, beta_S
     tensors = [x.unsqueeze(0) for x in (q_SKH, k_SKH, v_SVG, g_SV, beta_SV)]
     if tokens is None:
         plan = plan_of(span, q_SKH.device, span.tokens)
-        out, _ = chunk_gated_delta_rule(
-            *tensors,
-            use_qk_l2norm_in_kernel=True,
-            cu_seqlens=plan.cu_seqlens,
-            cu_seqlens_cpu=plan.cu_seqlens_cpu,
-            chunk_indices=plan.chunks,
-        )
+        out, _ = chunk_gated_delta_rule(*tensors, use_qk_l2norm_in_kernel=True, **_where(plan))
     else:
         with torch.autocast(q_SKH.device.type, enabled=False):  # states are composed in fp32
             out = Segments.apply(*tensors, span, plan_of(span, q_SKH.device, tokens))
@@ -164,6 +158,12 @@ def plan_of(span: Span, device: torch.device, tokens: int) -> Plan:
             continued_P=torch.tensor([float(x) for x in (*continues[1:], after)], device=device),
         )
     return span.plans[tokens]
+
+
+def _where(plan: Plan) -> dict[str, Tensor]:
+    """The documents for fla's own functions; what spares the host a wait is named as in the release that was tried."""
+    known = {"cu_seqlens_cpu": plan.cu_seqlens_cpu, "chunk_indices": plan.chunks} if VERSION == TRIED else {}
+    return {"cu_seqlens": plan.cu_seqlens, **known}
 
 
 def chunk_indices(bounds: Sequence[int]) -> Tensor:
