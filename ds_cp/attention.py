@@ -19,22 +19,35 @@ Shapes: T local tokens, S tokens of the ring rank (U * T), N query heads, M key/
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ds_cp import comm, reshard
 from ds_cp.batch import SequenceContext
+from ds_cp.kernels.attention import Score
 from ds_cp.layout import Route
 from ds_cp.ring import RingAttention
 from ds_cp.topology import HeadSplit, split_heads
 
 
-def attend(q_1NTH: Tensor, k_1MTH: Tensor, v_1MTH: Tensor, context: SequenceContext, scale: float) -> Tensor:
+def attend(
+    q_1NTH: Tensor,
+    k_1MTH: Tensor,
+    v_1MTH: Tensor,
+    context: SequenceContext,
+    score: Score,
+    window: int | None = None,
+    sink_N: Tensor | None = None,
+) -> Tensor:
     """Attention of this rank's local tokens to the whole row, within documents.
 
     Args:
         q_1NTH, k_1MTH, v_1MTH: local tokens as HF's attention interface hands them over, positions already applied.
-        scale: factor on the scores.
+        score: what becomes of q . k.
+        window: keys that a query attends at most, its own included; one of `context.methods.windows`.
+        sink_N: a learned score of every query head, of a key without value.
 
     Returns:
         [1, T, N, H], q's dtype, contiguous.
@@ -43,27 +56,32 @@ def attend(q_1NTH: Tensor, k_1MTH: Tensor, v_1MTH: Tensor, context: SequenceCont
         ValueError: the kernel cannot compute these inputs (the same on every rank, before any communication).
     """
     q_TNH, k_TMH, v_TMH = (x.squeeze(0).transpose(0, 1) for x in (q_1NTH, k_1MTH, v_1MTH))
-    reason = context.methods.attention.unsupported(q_TNH, k_TMH, v_TMH, context.plan.steps[0][0])
+    plan = context.plans[window]
+    reason = context.methods.attention.unsupported(q_TNH, k_TMH, v_TMH, plan.steps[0][0], score)
     if reason is not None:
         name = context.methods.attention.__name__.split(".")[-1]
         raise ValueError(f"sequence_parallel.attention_kernel: {name}: {reason}")
     ulysses = context.mesh.ulysses
+    if sink_N is not None and ulysses.size > 1:
+        sink_N = sink_N.unflatten(0, (ulysses.size, -1))[ulysses.rank]
+    rest = sink_N, context, plan, score
     if context.held.to_attention is not None:
-        return _attend_elsewhere(q_TNH, k_TMH, v_TMH, context.held.to_attention, context, scale)
+        return _attend_elsewhere((q_TNH, k_TMH, v_TMH), context.held.to_attention, context, rest)
     if ulysses.size == 1:
-        return RingAttention.apply(q_TNH, k_TMH, v_TMH, context, scale).unsqueeze(0)
+        return RingAttention.apply(q_TNH, k_TMH, v_TMH, *rest).unsqueeze(0)
     split = split_heads(ulysses.size, q_TNH.shape[1], k_TMH.shape[1])
     q, k, v = _tokens_for_heads(q_TNH, k_TMH, v_TMH, split, context)
-    return _heads_for_tokens(RingAttention.apply(q, k, v, context, scale), context)
+    return _heads_for_tokens(RingAttention.apply(q, k, v, *rest), context)
 
 
-def _attend_elsewhere(q_TNH: Tensor, k_TMH: Tensor, v_TMH: Tensor, route: Route, context: SequenceContext, scale: float) -> Tensor:
+def _attend_elsewhere(qkv: tuple[Tensor, Tensor, Tensor], route: Route, context: SequenceContext, rest: tuple[Any, ...]) -> Tensor:
+    q_TNH, k_TMH, _ = qkv
     seq, ranks, size = context.mesh.seq, context.mesh.ulysses.size, q_TNH.shape[2]
     split = split_heads(ranks, q_TNH.shape[1], k_TMH.shape[1])
-    by_group = [reshard.by_receiver(x, ranks // split.sharing, split.sharing).flatten(0, 1) for x in (q_TNH, k_TMH, v_TMH)]
+    by_group = [reshard.by_receiver(x, ranks // split.sharing, split.sharing).flatten(0, 1) for x in qkv]
     widths = [heads * size for heads in (split.query, split.kv, split.kv)]
     q, k, v = (x.unflatten(1, (-1, size)) for x in reshard.to_heads(by_group, widths, route, seq.group))
-    out_SC = RingAttention.apply(q, k, v, context, scale).flatten(1)
+    out_SC = RingAttention.apply(q, k, v, *rest).flatten(1)
     parts_UTC = reshard.to_tokens(out_SC, ranks, route, seq.group)
     return parts_UTC.transpose(0, 1).reshape(1, len(q_TNH), -1, size)
 

@@ -44,7 +44,7 @@ class Pairs:
         self._documents, self.tokens = documents, documents[-1]
         lengths = [end - start for start, end in pairwise(documents)]
         self._before = [
-            (window, windows.count(window), [0, *accumulate(_pairs(n, window) for n in lengths)]) for window in set(windows)
+            (window, windows.count(window), [0, *accumulate(pairs_of_first(n, window) for n in lengths)]) for window in set(windows)
         ]
 
     def of_chunks(self, chunk: int, count: int) -> list[int]:
@@ -55,11 +55,11 @@ class Pairs:
     def _of_first(self, tokens: int) -> int:
         document = bisect_right(self._documents, tokens) - 1
         rest = tokens - self._documents[document]
-        return sum(times * (before[document] + _pairs(rest, window)) for window, times, before in self._before)
+        return sum(times * (before[document] + pairs_of_first(rest, window)) for window, times, before in self._before)
 
 
-def _pairs(tokens: int, window: Window) -> int:
-    """Of a document's first `tokens` tokens."""
+def pairs_of_first(tokens: int, window: Window) -> int:
+    """Pairs that a document's first `tokens` queries attend."""
     if window is None or tokens <= window:
         return tokens * (tokens + 1) // 2
     return window * (window + 1) // 2 + (tokens - window) * window

@@ -52,7 +52,8 @@ class SequenceContext:
     methods: Methods
     layout: Layout
     """Of attention."""
-    plan: tiles.Plan
+    plans: Mapping[int | None, tiles.Plan]
+    """This rank's tiles by the layer's window; None is full attention."""
     held: Held
     documents: tuple[int, ...]
     rows: Rows
@@ -87,7 +88,7 @@ def prepare(
     tokens = _tokens(batch)
     _check_shapes(batch, tokens)
     rows, documents = _stream(batch, tokens)
-    plan = layouts.build(methods.layout, rows.tokens, mesh.ring.size, mesh.ulysses.size, documents)
+    plan = layouts.build(methods.layout, rows.tokens, mesh.ring.size, mesh.ulysses.size, documents, methods.windows)
     documents = _with_padding(documents, plan.length)
     held = place(plan, methods, mesh, documents, device)
     targets, weights = _targets(batch)
@@ -108,7 +109,7 @@ def prepare(
         methods=methods,
         layout=plan,
         held=held,
-        plan=_tiles(plan, mesh, documents, methods.gathered, device),
+        plans=_plans(plan, mesh, documents, methods, device),
         documents=documents,
         rows=rows,
         targets=None if targets is None else _count(targets, weights).to(device, non_blocking=True),
@@ -118,14 +119,26 @@ def prepare(
     return out, context
 
 
-def _tiles(plan: Layout, mesh: Mesh, documents: tuple[int, ...], gathered: bool, device: torch.device) -> tiles.Plan:
-    """This rank's tiles; where kernels read document boundaries on a device, they are put there now, not in every layer."""
-    found = (tiles.plan_gathered if gathered else tiles.plan)(plan, mesh.ring.rank, documents)
+def _plans(
+    layout: Layout, mesh: Mesh, documents: tuple[int, ...], methods: Methods, device: torch.device
+) -> dict[int | None, tiles.Plan]:
+    """Once a window, not once a layer; one that no document of the row fills is none."""
+    longest = max(end - start for start, end in pairwise(documents))
+    full = (tiles.plan_gathered if methods.gathered else tiles.plan)(layout, mesh.ring.rank, documents)
+    found: dict[int | None, tiles.Plan] = {None: _on_device(full, device)}
+    for window in set(methods.windows) - {None}:
+        plan = tiles.plan_window(layout, mesh.ring.rank, documents, window) if window < longest else None
+        found[window] = found[None] if plan is None else _on_device(plan, device)
+    return found
+
+
+def _on_device(plan: tiles.Plan, device: torch.device) -> tiles.Plan:
+    """Where kernels read document boundaries on a device, they are put there now, not in every layer."""
     if device.type == "cpu":
-        return found
-    (own,), *rest = found.steps
+        return plan
+    (own,), *rest = plan.steps
     own = replace(own, cu_seqlens=bounds_on(device, own.documents, torch.int32))
-    return replace(found, steps=((own,), *rest))
+    return replace(plan, steps=((own,), *rest))
 
 
 def shard(x_BS: Tensor, rows: Rows, plan: Layout, mesh: Mesh, fill: float) -> Tensor:

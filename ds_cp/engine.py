@@ -175,6 +175,7 @@ def methods_of(block: Config, model: nn.Module, degrees: topology.Topology, dtyp
         gathered=block.ring_impl == "allgather",
         delta=_delta_kernel(block, shapes, dtype, passing=linear == "state" and degrees.ring > 1) if shapes else None,
         linear=linear,
+        windows=checks.windows(model),
     )
 
 

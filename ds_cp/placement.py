@@ -38,6 +38,8 @@ class Methods:
     """None for a model without Gated DeltaNet layers."""
     linear: Literal["heads", "state"] = "heads"
     """How those layers are sharded: heads over all ranks of a row, or heads over ulysses and state passed along the ring."""
+    windows: tuple[int | None, ...] = (None,)
+    """Of every attention layer: how many keys a query attends, its own included; None for all before it."""
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,8 @@ def tiny_model(model_type: str, seed: int = 0, attention: str = "sdpa", **change
         assert hasattr(config, name), name
         setattr(config, name, value)
     torch.manual_seed(seed)
+    if getattr(config, "attn_logit_softcapping", None):  # PyTorch's attention has none
+        attention = "eager"
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
     family_of_type(model_type).settle(model)
     return model

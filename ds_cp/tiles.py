@@ -7,19 +7,22 @@ rank's memory. Therefore
 - in every later step a local chunk c = [a, b) meets only the one document that reaches into it from before a, and of the
   other rank's keys those of that document before a: one rectangle without a mask, at most one per local chunk.
 
+A windowed layer has tiles of its own (`plan_window`): positions inside a document count there, so chunks that do not follow one
+another are not one local document, and only the window before each of them travels.
+
 Neighbouring rectangles with the same keys become one. Slices that share no document never appear.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
-from ds_cp.balance import meets, owners
+from ds_cp.balance import meets, owners, pairs_of_first
 from ds_cp.layout import Layout, Range, gathered_places
 
 
@@ -28,7 +31,8 @@ class Tile:
     """Local queries [q_start, q_end) attend keys [k_start, k_end) of the step's block.
 
     `documents` are the boundaries (cu_seqlens, from 0 to the slice's length, the same for queries and keys) of a causal
-    varlen call; None is a full rectangle.
+    varlen call; None is a rectangle, whose keys all stand before its queries. With a window a query attends of these the keys that
+    are fewer than `window` tokens before it: query x stands `ahead + x - y` tokens after key y.
     """
 
     q_start: int
@@ -36,6 +40,9 @@ class Tile:
     k_start: int
     k_end: int
     documents: tuple[int, ...] | None = None
+    window: int | None = None
+    ahead: int = 0
+    """Tokens from the first key to the first query; 0 for a causal tile."""
     cu_seqlens: Any = field(default=None, compare=False, repr=False)
     """`documents` as an int32 tensor on the kernel's device, put there once a batch; None where no kernel needs it."""
 
@@ -52,9 +59,29 @@ class Tile:
     @cached_property
     def pairs(self) -> int:
         """Pairs of a query and a key that it attends."""
-        if self.documents is None:
-            return (self.q_end - self.q_start) * (self.k_end - self.k_start)
-        return sum((end - start) * (end - start + 1) // 2 for start, end in pairwise(self.documents))
+        queries, keys = self.q_end - self.q_start, self.k_end - self.k_start
+        if self.documents is not None:
+            return sum(pairs_of_first(end - start, self.window) for start, end in pairwise(self.documents))
+        if self.window is None:
+            return queries * keys
+        return sum(min(keys, self.window - 1 - self.ahead - x + keys) for x in range(queries))
+
+
+@dataclass(frozen=True)
+class Halo:
+    """The keys that a windowed layer's queries attend beyond their own chunks: only these travel, straight from owner to reader.
+
+    `tokens` of them stand side by side in the order of the row; the keys of the second step. A key that the own rank holds in
+    another chunk is among them.
+    """
+
+    tokens: int
+    sent: tuple[tuple[int, int, int], ...]
+    """(ring rank, own tokens [start, end)) of what others need, for each of them in the order of the row."""
+    received: tuple[tuple[int, int, int], ...]
+    """(ring rank, [start, end) among the halo's tokens)."""
+    own: tuple[tuple[int, int, int], ...]
+    """(start among the halo's tokens, own tokens [start, end))."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +89,10 @@ class Plan:
     """What a ring rank computes, step by step, and how far blocks travel. The first step is one tile over all own tokens."""
 
     steps: tuple[tuple[Tile, ...], ...]
-    reach: tuple[int, ...]
+    reach: tuple[int, ...] = ()
     """By ring rank: hops that its block makes until no later rank needs it. The same on every rank."""
+    halo: Halo | None = None
+    """Of a windowed layer with neighbours: what travels instead of blocks."""
 
 
 def plan(layout: Layout, ring_rank: int, documents: Sequence[int]) -> Plan:
@@ -100,6 +129,86 @@ def plan_gathered(layout: Layout, ring_rank: int, documents: Sequence[int]) -> P
         for a, b in _gathered_keys(first, start, layout.chunk, places)
     ]
     return Plan(((_own(mine, everywhere),), tuple(before)), reach)
+
+
+def plan_window(layout: Layout, ring_rank: int, documents: Sequence[int], window: int) -> Plan:
+    """The tiles of a layer in which a query attends `window` keys, its own included: own runs of chunks, then what is before each.
+
+    A run is of chunks that follow one another. Its first `window - 1` queries of a document that reaches into it meet the last
+    `window - 1` tokens of that document before it: one banded rectangle a run.
+    """
+    mine = layout.ring_ranges(ring_rank)
+    runs = _runs(mine)
+    own = replace(_own(mine, sorted({*documents, *(start for start, _ in runs)})), window=window)
+    needed = _union(_before_runs(runs, documents, window))
+    tiles, offset = [], 0
+    for start, end in runs:
+        for first, last in _before_runs([(start, end)], documents, window):
+            k_start = _place(needed, first)
+            queries = min(end, documents[_document_of(start, documents) + 1], start + window - 1) - start
+            keys = last - first
+            tiles.append(Tile(offset, offset + queries, k_start, k_start + keys, window=window, ahead=keys))
+        offset += end - start
+    halo = _halo(layout, ring_rank, documents, window, needed)
+    return Plan(((own,), tuple(tiles)), halo=halo) if tiles or halo.sent else Plan(((own,),))
+
+
+def _halo(layout: Layout, ring_rank: int, documents: Sequence[int], window: int, needed: list[Range]) -> Halo:
+    owner = owners(layout.chunks)
+    mine = layout.ring_ranges(ring_rank)
+    sent = [
+        (rank, _local(mine, start), _local(mine, end))
+        for rank in range(layout.ring)
+        if rank != ring_rank
+        for number, start, end in _pieces(layout, _union(_before_runs(_runs(layout.ring_ranges(rank)), documents, window)))
+        if owner[number] == ring_rank
+    ]
+    received, own = [], []
+    for number, start, end in _pieces(layout, needed):
+        place = _place(needed, start)
+        if owner[number] == ring_rank:
+            own.append((place, _local(mine, start), _local(mine, end)))
+        else:
+            received.append((owner[number], place, place + end - start))
+    return Halo(sum(end - start for start, end in needed), tuple(sent), tuple(received), tuple(own))
+
+
+def _pieces(layout: Layout, ranges: list[Range]) -> Iterator[tuple[int, int, int]]:
+    """(chunk, start, end): the ranges cut at the chunks' edges."""
+    for start, end in ranges:
+        for number in range(start // layout.chunk, -(-end // layout.chunk)):
+            yield number, max(start, number * layout.chunk), min(end, (number + 1) * layout.chunk)
+
+
+def _runs(mine: Sequence[Range]) -> list[Range]:
+    """Ranges that follow one another as one."""
+    runs: list[Range] = []
+    for start, end in mine:
+        if runs and runs[-1][1] == start:
+            start = runs.pop()[0]
+        runs.append((start, end))
+    return runs
+
+
+def _before_runs(runs: Sequence[Range], documents: Sequence[int], window: int) -> list[Range]:
+    """The tokens before each run that its first query attends."""
+    found = [(max(documents[_document_of(start, documents)], start - window + 1), start) for start, _ in runs]
+    return [(first, last) for first, last in found if first < last]
+
+
+def _union(ranges: Sequence[Range]) -> list[Range]:
+    """Ranges whose starts and ends ascend, those that meet or overlap as one."""
+    union: list[Range] = []
+    for start, end in ranges:
+        if union and start <= union[-1][1]:
+            start = union.pop()[0]
+        union.append((start, end))
+    return union
+
+
+def _place(ranges: Sequence[Range], token: int) -> int:
+    """How many tokens of ascending `ranges`, of any length, stand before `token`."""
+    return sum(min(max(token - start, 0), end - start) for start, end in ranges)
 
 
 def _reach(layout: Layout, documents: Sequence[int]) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from ds_cp.kernels import attention
-from ds_cp.kernels.attention import Accumulator, Kernel
+from ds_cp.kernels.attention import Accumulator, Kernel, Score
 from ds_cp.tiles import Tile
 
 PLAN_SECONDS = 0.058
@@ -43,11 +43,12 @@ class Auto:
         self.plans = plans  # `large` is cuDNN
         self.saved_seconds: dict[tuple, float] = {}  # by shape and direction: what a plan would have saved so far
 
-    def unsupported(self, q_TNH: Tensor, k_SMH: Tensor, v_SMH: Tensor, tile: Tile) -> str | None:
-        return self.plain.unsupported(q_TNH, k_SMH, v_SMH, tile)
+    def unsupported(self, q_TNH: Tensor, k_SMH: Tensor, v_SMH: Tensor, tile: Tile, score: Score) -> str | None:
+        reason = self.plain.unsupported(q_TNH, k_SMH, v_SMH, tile, score)
+        return reason and self.large.unsupported(q_TNH, k_SMH, v_SMH, tile, score)
 
-    def forward(self, q_TNH: Tensor, k_SMH: Tensor, v_SMH: Tensor, tile: Tile, scale: float) -> tuple[Tensor, Tensor]:
-        return self.choose(q_TNH, k_SMH, v_SMH, tile, 0).forward(q_TNH, k_SMH, v_SMH, tile, scale)
+    def forward(self, q_TNH: Tensor, k_SMH: Tensor, v_SMH: Tensor, tile: Tile, score: Score) -> tuple[Tensor, Tensor]:
+        return self.choose(q_TNH, k_SMH, v_SMH, tile, score, 0).forward(q_TNH, k_SMH, v_SMH, tile, score)
 
     def backward(
         self,
@@ -58,10 +59,10 @@ class Auto:
         out_TNH: Tensor,
         lse_TN: Tensor,
         tile: Tile,
-        scale: float,
+        score: Score,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        kernel = self.choose(q_TNH, k_SMH, v_SMH, tile, 1)
-        return kernel.backward(dout_TNH, q_TNH, k_SMH, v_SMH, out_TNH, lse_TN, tile, scale)
+        kernel = self.choose(q_TNH, k_SMH, v_SMH, tile, score, 1)
+        return kernel.backward(dout_TNH, q_TNH, k_SMH, v_SMH, out_TNH, lse_TN, tile, score)
 
     def accumulate(
         self,
@@ -72,24 +73,28 @@ class Auto:
         out_TNH: Tensor,
         lse_TN: Tensor,
         tile: Tile,
-        scale: float,
+        score: Score,
     ) -> Accumulator | None:
-        accumulate = getattr(self.large, "accumulate", None)
-        if self.large.unsupported(q_TNH, k_SMH, v_SMH, tile) is not None:
+        accumulate = getattr(self.large, "accumulate", None) if tile.window is None else None
+        if self.large.unsupported(q_TNH, k_SMH, v_SMH, tile, score) is not None:
             return None
-        return accumulate(dout_TNH, q_TNH, k_SMH, v_SMH, out_TNH, lse_TN, tile, scale) if accumulate else None
+        return accumulate(dout_TNH, q_TNH, k_SMH, v_SMH, out_TNH, lse_TN, tile, score) if accumulate else None
 
-    def choose(self, q: Tensor, k: Tensor, v: Tensor, tile: Tile, direction: int) -> Kernel:
+    def choose(self, q: Tensor, k: Tensor, v: Tensor, tile: Tile, score: Score, direction: int) -> Kernel:
         """The kernel of one call; direction 0 is forward, 1 backward."""
+        if self.large.unsupported(q, k, v, tile, score) is not None:
+            return self.plain
+        if self.plain.unsupported(q, k, v, tile, score) is not None:
+            return self.large
         work = flops(q, tile)
         if self.plans:
             pays = self._earned(q, k, tile, direction, work)
         else:
             pays = work >= SMALL_FLOPS or (direction == 0 and self.large.launched(tile))
-        return self.large if pays and self.large.unsupported(q, k, v, tile) is None else self.plain
+        return self.large if pays else self.plain
 
     def _earned(self, q: Tensor, k: Tensor, tile: Tile, direction: int, work: float) -> bool:
-        if tile.documents is not None and len(tile.documents) > 2:
+        if tile.window is not None or (tile.documents is not None and len(tile.documents) > 2):
             return False
         key = (q.shape, q.stride(), k.shape, k.stride(), tile.causal, direction)
         saved = self.saved_seconds.get(key, 0.0)

@@ -23,6 +23,7 @@ from ds_cp import batch as batches
 from ds_cp import comm
 from ds_cp.attention import attend
 from ds_cp.batch import Methods, SequenceContext
+from ds_cp.kernels.attention import Score
 from ds_cp.loss import CausalLMLoss
 from ds_cp.mesh import Mesh
 from ds_cp.models import family_of, lm_head
@@ -153,7 +154,7 @@ def attention_forward(
             f"model: {name} was called without ds_cp's context: the model drops unknown keywords on the way to its layers, or "
             "was called past its hooks; it cannot be trained under sequence parallelism"
         )
-    asked = {"dropout": dropout, **{k: kwargs.get(k) for k in ("sliding_window", "softcap", "s_aux", "head_mask")}}
+    asked = {"dropout": dropout, **{k: kwargs.get(k) for k in ("head_mask",)}}
     for what, given in asked.items():
         if given is not None and (isinstance(given, Tensor) or given):
             raise ValueError(f"model: {name} asks its attention for {what}={given}, which is not in this version of ds_cp")
@@ -161,8 +162,18 @@ def attention_forward(
         raise ValueError(f"model: {name} passes a mask of its own to its attention, which is not in this version of ds_cp")
     if cp.census is not None:
         cp.census.calls[id(module)] += 1
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return attend(query, key, value, cp, scale), None
+    score = Score(query.shape[-1] ** -0.5 if scaling is None else scaling, kwargs.get("softcap") or None)
+    return attend(query, key, value, cp, score, _window(module, kwargs.get("sliding_window"), cp), kwargs.get("s_aux")), None
+
+
+def _window(module: nn.Module, given: int | None, cp: SequenceContext) -> int | None:
+    """The layer's window, which must be one that the batch was planned for."""
+    if given not in cp.plans or given != getattr(module, "sliding_window", given):
+        raise ValueError(
+            f"model: {type(module).__name__} asks its attention for sliding_window={given}; its layers were found to have "
+            f"{', '.join(str(window) for window in cp.plans)} when the run began"
+        )
+    return given
 
 
 def find(model: nn.Module) -> PreTrainedModel | nn.Module:

@@ -16,6 +16,7 @@ from ds_cp.kernels.delta import Shapes
 from ds_cp.models import family_of, model_types
 
 RECURRENT = ("deltanet", "deltaattention", "mamba", "recurrent", "rwkv", "shortconv", "linearattention", "lightningattention")
+LAYER_TYPES = ("full_attention", "sliding_attention")
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
@@ -28,6 +29,17 @@ def token_mixers(model: nn.Module) -> dict[str, nn.Module]:
     """Every module that mixes tokens and runs under ds_cp, by name."""
     family = family_of(model.config)
     return {**attention_modules(model), **(family.mixers(model) if family else {})}
+
+
+def windows(model: PreTrainedModel) -> tuple[int | None, ...]:
+    """Of each attention layer the number of keys that a query attends, None for all before it."""
+    config = model.config.get_text_config()
+    return tuple(window_of(module, config) for module in attention_modules(model).values()) or (None,)
+
+
+def window_of(module: nn.Module, config: PretrainedConfig) -> int | None:
+    """The module's own where it has one, else the config's."""
+    return getattr(module, "sliding_window", getattr(config, "sliding_window", None))
 
 
 def linear_shapes(model: PreTrainedModel) -> list[Shapes]:
@@ -122,17 +134,19 @@ def _of_layers(model: PreTrainedModel, config: PretrainedConfig) -> Iterator[str
         if name.rsplit(".", 1)[-1] == "mtp":
             yield f"{name} predicts several tokens at once, which is not in this version; load the model without it"
     for index, kind in enumerate(getattr(config, "layer_types", None) or ()):
-        if kind != "full_attention" and not (kind == "linear_attention" and "recurrent" in handled):
-            yield f"layer {index} is {kind}: only full_attention layers are in this version"
+        if kind not in LAYER_TYPES and not (kind == "linear_attention" and "recurrent" in handled):
+            yield f"layer {index} is {kind}: only {' and '.join(LAYER_TYPES)} layers are in this version"
     for key in ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"):
         if getattr(config, key, None) and "experts" not in handled:
             yield f"config.{key} is {getattr(config, key)}: mixtures of experts are not in this version"
     for name, module in attention_modules(model).items():
         if not getattr(module, "is_causal", True):
             yield f"{name}.is_causal is False: its attention is not causal"
-        window = getattr(module, "sliding_window", getattr(config, "sliding_window", None))  # per layer where it is
-        if window:
-            yield f"{name} has a sliding window of {window}: set config.sliding_window to None for full attention"
+        window = window_of(module, config)
+        if window is not None and (not isinstance(window, int) or window < 1):
+            yield f"{name} has a sliding window of {window}: it must be a whole number from 1, or None for full attention"
+        if window is not None and "sliding_window" not in _keywords(module):
+            yield f"{name} has a sliding window of {window} that it does not pass to its attention"
 
 
 def _holds(module: nn.Module, inside: set[int]) -> bool:
@@ -142,13 +156,16 @@ def _holds(module: nn.Module, inside: set[int]) -> bool:
 
 def _of_scores(model: PreTrainedModel, config: PretrainedConfig) -> Iterator[str]:
     if getattr(config, "attn_logit_softcapping", None):
-        yield f"config.attn_logit_softcapping is {config.attn_logit_softcapping}: softcap is not in this version"
+        for name, module in attention_modules(model).items():
+            if "softcap" not in _keywords(module):
+                yield f"{name} has a softcap of {config.attn_logit_softcapping} that it does not pass to its attention"
     dropout = getattr(config, "attention_dropout", 0.0)
     if dropout:
         yield f"config.attention_dropout is {dropout}: set it to 0, shards would draw other masks than one process"
     for name, _ in model.named_parameters():
-        if name.rsplit(".", 1)[-1] == "sinks":
-            yield f"{name} is an attention sink: sinks are not in this version"
+        owner, _, leaf = name.rpartition(".")
+        if leaf == "sinks" and "s_aux" not in _keywords(model.get_submodule(owner)):
+            yield f"{name} is an attention sink that its layer does not pass to its attention"
     for kind in _rope_types(config):
         if kind in LENGTH_DEPENDENT_ROPE:
             yield f"rope_type {kind} derives its frequencies from the longest position it sees, which differs between shards"
@@ -167,6 +184,13 @@ def _of_interface(model: PreTrainedModel, config: PretrainedConfig) -> Iterator[
             f"{len(found)} of its {config.num_hidden_layers} layers mix tokens through transformers' attention interface or "
             "in a way that ds_cp knows, so the others could not be sharded"
         )
+
+
+def _keywords(module: nn.Module) -> set[str]:
+    """Names of the keywords that its forward gives to what it calls."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    constants = code.co_consts if code is not None else ()
+    return {name for names in constants if isinstance(names, tuple) for name in names}
 
 
 def _uses_interface(kind: type[nn.Module]) -> bool:

@@ -22,6 +22,11 @@ MODEL_TYPES = frozenset(
         "granite",
         "smollm3",
         "seed_oss",
+        "gemma2",
+        "gemma3_text",
+        "cohere2",
+        "olmo3",
+        "starcoder2",
     }
 )
 
@@ -41,10 +46,17 @@ _TINY: dict[str, Any] = {
     "pad_token_id": 0,
 }
 
+_SLIDING: dict[str, Any] = {"sliding_window": 11, "layer_types": ["sliding_attention", "full_attention"]}
+
 _TINY_OF: dict[str, dict[str, Any]] = {
-    "mistral": {"sliding_window": None},
+    "mistral": {"sliding_window": 11},
+    "starcoder2": {"sliding_window": 11, "residual_dropout": 0.0, "embedding_dropout": 0.0},
+    "gemma2": {"head_dim": 16, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 3.0, **_SLIDING},
+    "gemma3_text": {"head_dim": 16, "query_pre_attn_scalar": 24, **_SLIDING},
+    "cohere2": {"head_dim": 8, **_SLIDING},
+    "olmo3": _SLIDING,
     "gpt_neox": {"hidden_dropout": 0.0, "num_key_value_heads": None},
-    "phi3": {"resid_pdrop": 0.0, "embd_pdrop": 0.0},
+    "phi3": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "sliding_window": 11},
     "gemma": {"head_dim": 8},
     "qwen3": {"head_dim": 16},
     "smollm3": {"head_dim": 8},

@@ -234,7 +234,7 @@ def whole_row_share(args: argparse.Namespace, name: str, documents: list[int], s
 
 def every_rank(args: argparse.Namespace, name: str, impl: str, documents: list[int], places: list[Any], whole: Row) -> Row:
     found = {place.rank: one_rank(args, f"ring {impl}", name, documents, place) for place in places}
-    calls = [sum(map(len, ring_context(args, None, documents, place, impl).plan.steps)) for place in places]
+    calls = [sum(map(len, ring_context(args, None, documents, place, impl).plans[None].steps)) for place in places]
     times = [row["total_ms"] for row in found.values()]
     row: Row = {"busiest_ms": max(times), "mean_ms": statistics.mean(times), "calls": max(calls), "calls_by_rank": calls}
     if "mean_ms" in whole:
@@ -264,7 +264,7 @@ def novelty(args: argparse.Namespace, name: str, impl: str, place: Any) -> Row:
         return (synchronized(args.device) - start) * 1000 / len(rows)
 
     def pairs(documents: list[int]) -> int:
-        return sum(tile.pairs for step in ring_context(args, None, documents, place, impl).plan.steps for tile in step)
+        return sum(tile.pairs for step in ring_context(args, None, documents, place, impl).plans[None].steps for tile in step)
 
     steps(rows[:3])  # compiles
     rows = rows[3:]

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from ds_cp import comm
-from ds_cp.kernels.attention import Kernel
+from ds_cp.kernels.attention import Kernel, Score
 from ds_cp.tiles import Tile
 
 Saved = tuple[Tensor, ...]
@@ -47,8 +47,8 @@ def merged(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> tu
 class RingFlashAttention:
     """One rank's forward and backward; shapes as in ds_cp.ring."""
 
-    def __init__(self, kernel: Kernel, axis: Any, tokens: int, device: str, scale: float) -> None:
-        self._kernel, self._axis, self._scale, self._half = kernel, axis, scale, tokens // 2
+    def __init__(self, kernel: Kernel, axis: Any, tokens: int, device: str, score: Score) -> None:
+        self._kernel, self._axis, self._score, self._half = kernel, axis, score, tokens // 2
         bounds = torch.tensor((0, tokens), dtype=torch.int32, device=device)
         self._tiles = [Tile(0, tokens, 0, tokens, (0, tokens), cu_seqlens=bounds)]
         for step in range(1, axis.size):
@@ -65,7 +65,7 @@ class RingFlashAttention:
 
         def block(step: int, tile: Tile, k: Tensor, v: Tensor) -> Grads:
             part = slice(tile.q_start, tile.q_end)
-            return self._kernel.backward(dout[part], q[part], k, v, out[part], lse[part], tile, self._scale)
+            return self._kernel.backward(dout[part], q[part], k, v, out[part], lse[part], tile, self._score)
 
         return self._gradients(q, k, v, block)
 
@@ -75,7 +75,7 @@ class RingFlashAttention:
         blocks: list[tuple[Tensor, Tensor]] = []
         for step, tile, key, value in self._around(k, v):
             part = slice(tile.q_start, tile.q_end)
-            block_out, block_lse = self._kernel.forward(q[part], key, value, tile, self._scale)
+            block_out, block_lse = self._kernel.forward(q[part], key, value, tile, self._score)
             block_lse = block_lse.unsqueeze(-1)
             weight = block_lse
             if step == 0:
@@ -138,7 +138,7 @@ class Recomputing(RingFlashAttention):
         def block(step: int, tile: Tile, k: Tensor, v: Tensor) -> Grads:
             part = slice(tile.q_start, tile.q_end)
             own_lse = blocks[step][0]
-            return self._kernel.backward(douts[step][part].to(q.dtype), q[part], k, v, out[part], own_lse, tile, self._scale)
+            return self._kernel.backward(douts[step][part].to(q.dtype), q[part], k, v, out[part], own_lse, tile, self._score)
 
         return self._gradients(q, k, v, block)
 

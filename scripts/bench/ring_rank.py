@@ -21,7 +21,7 @@ from torch import Tensor
 from ds_cp import layout as layouts
 from ds_cp import tiles
 from ds_cp.kernels import choice
-from ds_cp.kernels.attention import Kernel
+from ds_cp.kernels.attention import Kernel, Score
 from ds_cp.ring import RingAttention
 from ds_cp.tiles import Tile
 
@@ -145,7 +145,7 @@ def ring_context(args: argparse.Namespace, kernel: Kernel, documents: Sequence[i
     (own,), *rest = plan.steps
     plan = replace(plan, steps=((on_device(args, own),), *rest))
     methods = SimpleNamespace(attention=kernel, gathered=gathered)
-    return SimpleNamespace(methods=methods, plan=plan, layout=layout, mesh=SimpleNamespace(ring=axis))
+    return SimpleNamespace(methods=methods, plans={None: plan}, layout=layout, mesh=SimpleNamespace(ring=axis))
 
 
 def axis(group: Any, size: int, rank: int) -> Any:
@@ -157,7 +157,7 @@ def ours(context: Any, tensors: list[Tensor]) -> tuple[Forward, Backward]:
 
     def forward() -> Saver:
         ctx = Saver()
-        RingAttention.forward(ctx, q, k, v, context, q.shape[-1] ** -0.5)
+        RingAttention.forward(ctx, q, k, v, None, context, context.plans[None], Score(q.shape[-1] ** -0.5))
         return ctx
 
     return forward, lambda ctx: RingAttention.backward(ctx, dout)[:3]
@@ -165,7 +165,7 @@ def ours(context: Any, tensors: list[Tensor]) -> tuple[Forward, Backward]:
 
 def theirs(name: str, kernel: Kernel, axis: Any, tensors: list[Tensor]) -> tuple[Forward, Backward]:
     dout, q, k, v = tensors
-    peer = PEERS[name](kernel, axis, len(q), q.device.type, q.shape[-1] ** -0.5)
+    peer = PEERS[name](kernel, axis, len(q), q.device.type, Score(q.shape[-1] ** -0.5))
     return lambda: peer.forward(q, k, v), lambda saved: peer.backward(dout, saved)
 
 
@@ -182,9 +182,9 @@ def any_rank(
 def alone(kernel: Kernel, tile: Tile, tensors: list[Tensor]) -> tuple[Forward, Backward]:
     """One kernel call on slices as long as the tile."""
     dout, q, k, v = tensors
-    scale = q.shape[-1] ** -0.5
+    score = Score(q.shape[-1] ** -0.5)
 
     def forward() -> tuple[Tensor, ...]:
-        return q, k, v, *kernel.forward(q, k, v, tile, scale)
+        return q, k, v, *kernel.forward(q, k, v, tile, score)
 
-    return forward, lambda saved: kernel.backward(dout, *saved, tile, scale)
+    return forward, lambda saved: kernel.backward(dout, *saved, tile, score)

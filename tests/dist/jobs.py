@@ -19,6 +19,7 @@ from ds_cp import factor, mesh, selftest
 from ds_cp.attention import attend
 from ds_cp.batch import IGNORE, count_targets
 from ds_cp.kernels import attention as kernels
+from ds_cp.kernels.attention import Score
 from ds_cp.models import attach
 from ds_cp.topology import Topology
 
@@ -378,7 +379,7 @@ def trace_of_a_ring(ulysses: int, ring: int) -> list[str]:
     }
     axes, context, tensors = _attention_inputs(ulysses, ring, "torch_cpu")
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        attend(*tensors, context, 0.3).sum().backward()
+        attend(*tensors, context, Score(0.3)).sum().backward()
     mesh.destroy(axes)
     events = sorted(profile.events(), key=lambda event: event.time_range.start)
     return [names[event.name] for event in events if event.name in names]
@@ -405,7 +406,7 @@ class Traffic(TorchDispatchMode):
 def traffic(ulysses: int, kv_heads: int) -> dict[str, Any]:
     """What one attention call costs around its kernel, which here computes nothing."""
 
-    def forward(q: Any, k: Any, v: Any, tile: Any, scale: float) -> Any:
+    def forward(q: Any, k: Any, v: Any, tile: Any, score: Any) -> Any:
         return torch.zeros_like(q, memory_format=torch.contiguous_format), q.new_zeros(q.shape[:2])
 
     def backward(dout: Any, q: Any, k: Any, v: Any, *_: Any) -> Any:
@@ -416,7 +417,7 @@ def traffic(ulysses: int, kv_heads: int) -> dict[str, Any]:
     context = dataclasses.replace(context, methods=dataclasses.replace(context.methods, attention=idle))
     there, back = Traffic(), Traffic()
     with there:
-        out = attend(*tensors, context, 0.3)
+        out = attend(*tensors, context, Score(0.3))
     dout = torch.ones_like(out)
     with back:
         torch.autograd.grad(out, tensors, dout)  # not into .grad, which copies
@@ -424,11 +425,39 @@ def traffic(ulysses: int, kv_heads: int) -> dict[str, Any]:
     return {"exchanged": (there.exchanged, back.exchanged), "copied": (sum(there.copied), sum(back.copied))}
 
 
-def _attention_inputs(ulysses: int, ring: int, kernel: str, kv_heads: int = 4) -> tuple[Any, Any, list[torch.Tensor]]:
-    """(mesh, context, q, k, v as HF hands them over) for 8 query heads of 16 and a row of 64 tokens."""
+class Sent(TorchDispatchMode):
+    """Bytes of each tensor that is sent to another rank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.name().split("::")[1].startswith("send"):
+            self.bytes += [x.nbytes for x in args[0]]
+        return func(*args, **(kwargs or {}))
+
+
+def sent_by_a_windowed_layer(ring: int, window: int, tokens: int) -> tuple[int, int]:
+    """Bytes of (keys and values in forward, their gradients in backward), fp32, 4 heads of 16."""
+    axes, context, tensors = _attention_inputs(1, ring, "torch_cpu", window=window, length=tokens)
+    there, back = Sent(), Sent()
+    with there:
+        out = attend(*tensors, context, Score(0.3), window)
+    dout = torch.randn(out.shape)
+    with back:
+        torch.autograd.grad(out, tensors, dout)
+    mesh.destroy(axes)
+    return sum(there.bytes), sum(back.bytes)
+
+
+def _attention_inputs(
+    ulysses: int, ring: int, kernel: str, kv_heads: int = 4, window: int | None = None, length: int = 64
+) -> tuple[Any, Any, list[torch.Tensor]]:
+    """(mesh, context, q, k, v as HF hands them over) for 8 query heads of 16 and one row."""
     axes = mesh.build(Topology(ulysses=ulysses, ring=ring, data=1), timeout_s=60)
-    methods = batches.Methods(attention=kernels.load(kernel), layout="zigzag", gathered=False)
-    _, context = batches.prepare(rows(1, 64)[0], axes, methods, torch.device("cpu"))
-    tokens = 64 // (ulysses * ring)
+    methods = batches.Methods(attention=kernels.load(kernel), layout="zigzag", gathered=False, windows=(window,))
+    _, context = batches.prepare(rows(1, length)[0], axes, methods, torch.device("cpu"))
+    tokens = length // (ulysses * ring)
     shapes = [(1, tokens, heads, 16) for heads in (8, kv_heads, kv_heads)]
     return axes, context, [torch.randn(shape).transpose(1, 2).requires_grad_() for shape in shapes]

@@ -27,3 +27,13 @@ def test_an_all_to_all_moves_each_head_once_to_where_it_is_needed(pool, ulysses:
         copied_there, copied_back = found["copied"]
         assert copied_there == sum(there)
         assert copied_back <= sum(back) + there[0]
+
+
+@pytest.mark.parametrize(("ring", "window", "tokens"), [(2, 5, 64), (4, 9, 64), (4, 60, 512)])
+def test_a_windowed_layer_sends_its_window_and_nothing_else(pool, ring: int, window: int, tokens: int) -> None:
+    """Every chunk but the row's first has window - 1 tokens before it on other ranks; but the two middle chunks are one run."""
+    found = pool(ring).run(jobs.sent_by_a_windowed_layer, ring=ring, window=window, tokens=tokens)
+    assert window - 1 <= tokens // (2 * ring), "else the halo is of several chunks"
+    least = (2 * ring - 2) * (window - 1) * 2 * 4 * 16 * 4
+    assert sum(there for there, _ in found) == least
+    assert sum(back for _, back in found) == 2 * least, "(k, v) once more, and their gradients in fp32"

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ds_cp import comm, layout, tiles
+from ds_cp.kernels.attention import Score
 from ds_cp.ring import RingAttention
 
 TIMEOUT_S = 60
@@ -100,10 +101,12 @@ def ring(
     documents: Sequence[int],
     size: int,
     kernel: ModuleType,
-    scale: float,
+    score: Score,
     monkeypatch: Any,
     gathered: bool = False,
     plan: layout.Layout | None = None,
+    window: int | None = None,
+    sink: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """out, dq, dk, dv of the whole row, [S, heads, H], computed by `size` ring ranks, on zigzag chunks if no layout is given."""
     monkeypatch.setattr(comm, "Hop", LocalHop)
@@ -118,12 +121,15 @@ def ring(
         ctx = SimpleNamespace(save_for_backward=lambda *saved: setattr(ctx, "saved_tensors", saved))
         group.rank_here.value = rank
         mesh = SimpleNamespace(ring=SimpleNamespace(group=group, ranks=ranks, rank=rank, size=size))
-        found = (tiles.plan_gathered if gathered else tiles.plan)(plan, rank, documents)
+        if window is None:
+            found = (tiles.plan_gathered if gathered else tiles.plan)(plan, rank, documents)
+        else:
+            found = tiles.plan_window(plan, rank, documents, window)
         methods = SimpleNamespace(attention=kernel, gathered=gathered)
-        context = SimpleNamespace(methods=methods, plan=found, layout=plan, mesh=mesh)
+        context = SimpleNamespace(methods=methods, layout=plan, mesh=mesh)
         with group.turn:
-            out = RingAttention.forward(ctx, *(x[index[rank]] for x in (q, k, v)), context, scale)
-            return out, *RingAttention.backward(ctx, dout[index[rank]])[:3]
+            out = RingAttention.forward(ctx, *(x[index[rank]] for x in (q, k, v)), sink, context, found, score)
+            return out, *RingAttention.backward(ctx, dout[index[rank]])[:4]
 
     with ThreadPoolExecutor(size) as threads, torch.no_grad():
         parts = list(threads.map(one, ranks))
@@ -131,4 +137,6 @@ def ring(
     for position, name in enumerate(("out", "dq", "dk", "dv")):
         gathered = torch.cat([part[position] for part in parts])
         whole[name] = torch.empty_like(gathered).index_copy_(0, torch.cat(index), gathered)
+    if sink is not None:
+        whole["dsink"] = sum(part[4] for part in parts)
     return whole

@@ -66,12 +66,12 @@ IMPORTS = _table(
 
 BEYOND = _table(
     {
-        "attention": "topology reshard layout",  # the head split, a pure function; tokens that ranks do not hold in its order
+        "attention": "topology reshard layout kernels.attention",  # the head split; tokens not held in its order; Score
         "batch": "placement",  # what ranks hold
         "delta": "topology reshard mesh",  # the head split; moving heads; the axis that shares them
         "ring": "kernels.merge kernels.attention",  # merging; the type of what sums dq
         "loss": "batch tiled_head",  # SequenceContext and IGNORE; what a token's loss is made of
-        "models": "comm mesh tiled_head token_values kernels.delta",  # the same-row check; the head; shapes of recurrent layers
+        "models": "comm mesh tiled_head token_values kernels.delta kernels.attention",  # same-row check; head; shapes; Score
         "engine": "token_values",  # the public function
         "trainer": "batch comm config factor mesh",  # reads the block, counts targets and verifies the factor as engine does
         "cli": "topology layout models",  # what `check` resolves: sizes, padding, a model's heads; there is no planner yet

@@ -254,7 +254,7 @@ def test_the_context_holds_the_plan_of_its_own_ring_rank(mesh: tuple[int, int]) 
     batch = packed(5, 1, 9, 2)
     for rank, (local, context) in zip(meshes(*mesh), prepare(batch, *mesh), strict=True):
         assert context.layout == layouts.build("zigzag", 17, ring=mesh[1], ulysses=mesh[0])
-        assert context.plan == tiles.plan(context.layout, rank.ring.rank, context.documents)
+        assert context.plans == {None: tiles.plan(context.layout, rank.ring.rank, context.documents)}
         assert context.mesh == rank
         assert context.methods == METHODS
         assert local["input_ids"].shape == (1, context.layout.length // rank.seq.size)
@@ -271,7 +271,7 @@ def test_no_local_document_reaches_over_a_boundary_of_the_row() -> None:
     for _, context in prepare(packed(5, 1, 9, 2), ulysses=2, ring=2):
         ranges = context.layout.ring_ranges(context.mesh.ring.rank)
         local = [token for start, end in ranges for token in range(start, end)]
-        (own,) = context.plan.steps[0]
+        (own,) = context.plans[None].steps[0]
         assert own.documents is not None
         for start, end in pairwise(own.documents):
             assert not {*range(local[start] + 1, local[end - 1] + 1)} & {*context.documents}

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from ds_cp.kernels import attention, choice
-from ds_cp.kernels.attention import torch_cpu
+from ds_cp.kernels.attention import Score, torch_cpu
 from ds_cp.tiles import Tile
 
+SCORE = Score(0.1)
 PLAIN = SimpleNamespace(__name__="plain", unsupported=lambda *_: None)
 
 
@@ -42,14 +43,14 @@ def test_flops_count_pairs_of_queries_and_keys_they_attend() -> None:
 @pytest.mark.parametrize(("launched", "direction", "wanted"), [(True, 0, "large"), (True, 1, "plain"), (False, 0, "plain")])
 def test_small_tiles_go_to_the_plain_kernel_unless_launched_directly(launched: bool, direction: int, wanted: str) -> None:
     auto = choice.Auto(large(launched), PLAIN, plans=False)
-    assert auto.choose(*rectangle(512, 512), direction).__name__ == wanted
+    assert auto.choose(*rectangle(512, 512), SCORE, direction).__name__ == wanted
 
 
 @pytest.mark.parametrize("direction", [0, 1])
 def test_large_tiles_go_to_flash_attn_and_what_it_refuses_does_not(direction: int) -> None:
-    assert choice.Auto(large(), PLAIN, plans=False).choose(*rectangle(8192, 8192), direction).__name__ == "large"
+    assert choice.Auto(large(), PLAIN, plans=False).choose(*rectangle(8192, 8192), SCORE, direction).__name__ == "large"
     refusing = choice.Auto(large(reason="no"), PLAIN, plans=False)
-    assert refusing.choose(*rectangle(8192, 8192), direction).__name__ == "plain"
+    assert refusing.choose(*rectangle(8192, 8192), SCORE, direction).__name__ == "plain"
 
 
 @pytest.mark.parametrize(("reason", "wanted"), [(None, "sums"), ("its dq is wrong", None)])
@@ -57,7 +58,7 @@ def test_dq_is_not_summed_by_a_kernel_that_refuses_the_heads(reason: str | None,
     kernel = large(reason=reason)
     kernel.accumulate = lambda *_: "sums"
     q, k, v, tile = rectangle(8192, 8192)
-    given = q, q, k, v, q, q[..., 0], tile, 0.1
+    given = q, q, k, v, q, q[..., 0], tile, SCORE
     assert choice.Auto(kernel, PLAIN, plans=False).accumulate(*given) == wanted
 
 
@@ -66,17 +67,29 @@ def test_a_shape_earns_its_plan_by_the_time_it_would_have_saved() -> None:
     q, k, v, tile = rectangle(16384, 8192)
     saved = choice.PICOSECONDS_SAVED[128][0] * 1e-12 * choice.flops(q, tile)
     calls = 0
-    while auto.choose(q, k, v, tile, 0) is PLAIN:
+    while auto.choose(q, k, v, tile, SCORE, 0) is PLAIN:
         calls += 1
     assert (calls - 1) * saved < choice.PLAN_SECONDS
     assert calls * saved >= choice.PLAN_SECONDS
-    assert auto.choose(q, k, v, tile, 1) is PLAIN, "a plan is for one direction"
-    assert auto.choose(*rectangle(16384, 8191), 0) is PLAIN, "and for one shape"
+    assert auto.choose(q, k, v, tile, SCORE, 1) is PLAIN, "a plan is for one direction"
+    assert auto.choose(*rectangle(16384, 8191), SCORE, 0) is PLAIN, "and for one shape"
+
+
+def test_what_the_plain_kernel_refuses_goes_to_the_large_one_whatever_its_size() -> None:
+    refusing = SimpleNamespace(__name__="plain", unsupported=lambda q, k, v, tile, score: score.softcap and "it has no softcap")
+    auto = choice.Auto(large(), refusing, plans=False)
+    assert auto.choose(*rectangle(5, 5), Score(0.1, 50.0), 1).__name__ == "large"
+    assert auto.choose(*rectangle(5, 5), SCORE, 1).__name__ == "plain"
+    assert auto.unsupported(*rectangle(5, 5), Score(0.1, 50.0)) is None
+    assert (
+        choice.Auto(large(reason="nor has it"), refusing, plans=False).unsupported(*rectangle(5, 5), Score(0.1, 50.0))
+        == "nor has it"
+    )
 
 
 def test_documents_never_earn_a_plan() -> None:
     auto = choice.Auto(large(), PLAIN, plans=True)
-    assert all(auto.choose(*documents(9000, 16384), 0) is PLAIN for _ in range(1000))
+    assert all(auto.choose(*documents(9000, 16384), SCORE, 0) is PLAIN for _ in range(1000))
 
 
 def test_on_cpu_auto_is_torch_cpu_and_cuda_kernels_are_refused() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -19,11 +20,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from ds_cp.kernels import attention
-from ds_cp.kernels.attention import Kernel, torch_cpu
+from ds_cp.kernels.attention import Kernel, Score, reference, torch_cpu
 from ds_cp.kernels.merge import merge_, total
 from ds_cp.tiles import Tile
 
 SCALE = 0.37
+SCORE = Score(SCALE)
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 
@@ -42,7 +44,7 @@ def loadable() -> dict[str, Kernel]:
 def reason(kernel: Kernel) -> str | None:
     """Why a kernel does not run on this machine's CPU."""
     x = torch.ones(2, 1, 8)
-    return kernel.unsupported(x, x, x, causal(2))
+    return kernel.unsupported(x, x, x, causal(2), SCORE)
 
 
 def causal(*bounds: int) -> Tile:
@@ -51,6 +53,11 @@ def causal(*bounds: int) -> Tile:
 
 def rectangle(queries: int, keys: int) -> Tile:
     return Tile(0, queries, 0, keys)
+
+
+def band(queries: int, keys: int, window: int) -> Tile:
+    """The queries that begin a run, against the keys before it."""
+    return Tile(0, queries, 0, keys, window=window, ahead=keys)
 
 
 KERNELS = {name: kernel for name, kernel in loadable().items() if reason(kernel) is None}
@@ -65,6 +72,12 @@ TILES = {
     "high rectangle": rectangle(19, 5),
     "one query": rectangle(1, 13),
     "one key": rectangle(13, 1),
+    "window 1": replace(causal(9, 10, 24), window=1),
+    "window": replace(causal(9, 10, 24), window=5),
+    "window wider than documents": replace(causal(9, 24), window=20),
+    "band": band(4, 4, 5),
+    "band of a document that begins": band(7, 3, 8),
+    "band over several blocks": band(300, 300, 301),
 }
 HEADS = {"MHA": (4, 4), "GQA": (6, 2), "MQA": (4, 1)}
 
@@ -75,12 +88,13 @@ HEADS = {"MHA": (4, 4), "GQA": (6, 2), "MQA": (4, 1)}
 def allowed(tile: Tile) -> Tensor:
     """[T, S], from the definition of a tile."""
     query, key = torch.arange(tile.q_end - tile.q_start)[:, None], torch.arange(tile.k_end - tile.k_start)[None, :]
+    near = tile.ahead + query - key < (tile.window or 10**9)
     if tile.documents is None:
-        return torch.ones(len(query), key.shape[1], dtype=torch.bool)
+        return near
     same = torch.zeros(len(query), len(query), dtype=torch.bool)
     for start, end in pairwise(tile.documents):
         same[start:end, start:end] = True
-    return same & (key <= query)
+    return same & (key <= query) & near
 
 
 def dense(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, mask_TS: Tensor) -> dict[str, Tensor]:
@@ -97,10 +111,10 @@ def dense(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, mask_TS: Tensor) -> dic
     return {"out": out.detach(), "lse": lse.detach(), **dict(zip(("dq", "dk", "dv"), grads, strict=True))}
 
 
-def computed(kernel: Kernel, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, tile: Tile) -> dict[str, Tensor]:
-    assert kernel.unsupported(q, k, v, tile) is None
-    out, lse = kernel.forward(q, k, v, tile, SCALE)
-    grads = kernel.backward(dout, q, k, v, out, lse, tile, SCALE)
+def computed(kernel: Kernel, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, tile: Tile, score: Score = SCORE) -> dict[str, Tensor]:
+    assert kernel.unsupported(q, k, v, tile, score) is None
+    out, lse = kernel.forward(q, k, v, tile, score)
+    grads = kernel.backward(dout, q, k, v, out, lse, tile, score)
     return {"out": out, "lse": lse, **dict(zip(("dq", "dk", "dv"), grads, strict=True))}
 
 
@@ -176,7 +190,32 @@ def test_an_unknown_kernel_is_refused_with_the_names_of_the_folder() -> None:
 @every_kernel
 def test_key_heads_of_another_size_are_refused(kernel: Kernel) -> None:
     q, k = torch.ones(2, 2, 8), torch.ones(2, 2, 16)
-    assert kernel.unsupported(q, k, k, causal(2)) is not None
+    assert kernel.unsupported(q, k, k, causal(2), SCORE) is not None
+
+
+# Softcap
+
+
+@pytest.mark.parametrize(
+    "kernel", [k for n, k in KERNELS.items() if n != "reference"], ids=[n for n in KERNELS if n != "reference"]
+)
+def test_a_kernel_without_softcap_names_one_that_has_it(kernel: Kernel) -> None:
+    x = torch.ones(2, 1, 8)
+    assert kernel.unsupported(x, x, x, causal(2), Score(SCALE, 2.0)) == "it has no softcap; use reference"
+
+
+@pytest.mark.parametrize("tile", TILES.values(), ids=TILES)
+def test_the_reference_caps_scores_as_autograd_does(tile: Tile) -> None:
+    """Against the written-out formula and its autograd."""
+    dout, q, k, v = inputs(tile, (6, 2))
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    k_SNH, v_SNH = (x.repeat_interleave(3, dim=1) for x in leaves[1:])
+    scores = 2.0 * (torch.einsum("tnh,snh->nts", leaves[0], k_SNH) * SCALE / 2.0).tanh()
+    scores = scores.masked_fill(~allowed(tile), -math.inf)
+    out = torch.einsum("nts,snh->tnh", scores.softmax(-1), v_SNH)
+    wanted = {"out": out.detach(), "lse": scores.logsumexp(-1).T.detach()}
+    wanted |= dict(zip(("dq", "dk", "dv"), torch.autograd.grad(out, leaves, dout), strict=True))
+    assert_close(computed(reference, dout, q, k, v, tile, Score(SCALE, 2.0)), wanted, 1e-10)
 
 
 # Conformance
@@ -204,7 +243,9 @@ def test_every_head_size_equals_dense_attention(kernel: Kernel, tile: Tile, size
 
 @every_kernel
 @pytest.mark.parametrize(
-    "tile", [causal(700), causal(300, 301, 700), causal(1700), rectangle(300, 700)], ids=["one", "three", "longer", "rectangle"]
+    "tile",
+    [causal(700), causal(300, 301, 700), causal(1700), rectangle(300, 700), replace(causal(1300, 1400), window=600)],
+    ids=["one", "three", "longer", "rectangle", "window"],
 )
 def test_tiles_longer_than_a_kernels_blocks_equal_dense_attention(kernel: Kernel, tile: Tile) -> None:
     tensors = inputs(tile, (2, 1))
@@ -267,7 +308,7 @@ def test_strided_inputs_give_the_same_and_are_left_alone(kernel: Kernel, tile: T
     dout, q, k, v = (view(x) for x in tensors)
     assert_close(computed(kernel, dout, q, k, v, tile), wanted, 1e-10)
     out, lse = view(wanted["out"]), view(wanted["lse"])
-    grads = kernel.backward(dout, q, k, v, out, lse, tile, SCALE)
+    grads = kernel.backward(dout, q, k, v, out, lse, tile, SCORE)
     assert_close(dict(zip(("dq", "dk", "dv"), grads, strict=True)), {name: wanted[name] for name in ("dq", "dk", "dv")}, 1e-10)
     for given_, before in zip((dout, q, k, v, out, lse), (*tensors, wanted["out"], wanted["lse"]), strict=True):
         assert torch.equal(given_, before)
@@ -365,14 +406,14 @@ def in_blocks(
     slices = [(slice(t.q_start, t.q_end), slice(t.k_start, t.k_end)) for t in all_tiles]
     out, lse = torch.empty_like(q), torch.empty(q.shape[:2], dtype=q.dtype)
     for tile, (part, keys) in zip(all_tiles, slices, strict=True):
-        block = kernel.forward(q[part], k[keys], v[keys], tile, SCALE)
+        block = kernel.forward(q[part], k[keys], v[keys], tile, SCORE)
         if tile.causal:
             out[part], lse[part] = block
         else:
             merge_(out[part], lse[part], [block])
     grads = [torch.zeros_like(x) for x in (q, k, v)]
     for tile, (part, keys) in zip(all_tiles, slices, strict=True):
-        shares = kernel.backward(dout[part], q[part], k[keys], v[keys], out[part], lse[part], tile, SCALE)
+        shares = kernel.backward(dout[part], q[part], k[keys], v[keys], out[part], lse[part], tile, SCORE)
         for grad, where, share in zip(grads, (part, keys, keys), shares, strict=True):
             grad[where] += share
     return {"out": out, "lse": lse, **dict(zip(("dq", "dk", "dv"), grads, strict=True))}

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ds_cp import balance, tiles
@@ -52,19 +52,21 @@ def tokens_of(ranges: Sequence[tuple[int, int]]) -> torch.Tensor:
     return torch.cat([torch.arange(start, end) for start, end in ranges])
 
 
-def allowed(documents: Sequence[int]) -> torch.Tensor:
-    """[S, S], from the definition: the same document, and the key no later than the query."""
+def allowed(documents: Sequence[int], window: int | None = None) -> torch.Tensor:
+    """[S, S], from the definition: the same document, the key no later than the query, and fewer than `window` before it."""
     token = torch.arange(documents[-1])
     document = sum((token >= start).long() for start in documents[1:])
-    return (document[:, None] == document[None, :]) & (token[:, None] >= token[None, :])
+    distance = token[:, None] - token[None, :]
+    return (document[:, None] == document[None, :]) & (distance >= 0) & (distance < (window or len(token)))
 
 
 def pairs(tile: Tile) -> torch.Tensor:
     """[q, k] of a tile, as a kernel reads it."""
     if tile.documents is not None:
         assert tile.documents[-1] == tile.q_end - tile.q_start == tile.k_end - tile.k_start
-        return allowed(tile.documents)
-    return torch.ones(tile.q_end - tile.q_start, tile.k_end - tile.k_start, dtype=torch.bool)
+        return allowed(tile.documents, tile.window)
+    query, key = torch.arange(tile.q_end - tile.q_start)[:, None], torch.arange(tile.k_end - tile.k_start)[None, :]
+    return tile.ahead + query - key < (tile.window or tile.ahead + len(query) + 1)
 
 
 def computed(plan: Layout, documents: Sequence[int], ring_rank: int) -> torch.Tensor:
@@ -295,6 +297,54 @@ def test_planning_is_linear_in_the_documents(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_planning_does_not_depend_on_the_length_of_the_row(name: str) -> None:
     assert operations(name, 2**20) == operations(name, 2**10) > 0
+
+
+# Windows
+
+
+def halo_of(plan: Layout, found: tiles.Plan, ring_rank: int) -> torch.Tensor:
+    """The tokens that stand in the halo, where the plans of the ranks put them."""
+    if found.halo is None:
+        return torch.empty(0, dtype=torch.long)
+    mine = tokens_of(plan.ring_ranges(ring_rank))
+    halo = torch.full((found.halo.tokens,), -1)
+    for place, start, end in found.halo.own:
+        halo[place : place + end - start] = mine[start:end]
+    return halo
+
+
+@settings(max_examples=150)
+@given(rows(), st.integers(1, 40))
+def test_a_window_is_computed_exactly_once_and_only_it_travels(row: tuple[Layout, tuple[int, ...]], window: int) -> None:
+    plan, documents = row
+    found = [tiles.plan_window(plan, rank, documents, window) for rank in range(plan.ring)]
+    held = [tokens_of(plan.ring_ranges(rank)) for rank in range(plan.ring)]
+    halos = [halo_of(plan, found[rank], rank) for rank in range(plan.ring)]
+    mask = allowed(documents, window)
+    for rank, one in enumerate(found):  # what arrives, in the order of posting, is what was sent
+        for sender in range(plan.ring):
+            parts = [held[sender][start:end] for to, start, end in one_sent(found[sender]) if to == rank]
+            places = [(start, end) for source, start, end in (one.halo.received if one.halo else ()) if source == sender]
+            for part, (start, end) in zip(parts, places, strict=True):
+                assert bool((halos[rank][start:end] == -1).all())
+                halos[rank][start:end] = part
+    count = torch.zeros_like(mask, dtype=torch.long)
+    for rank, one in enumerate(found):
+        assert one.halo is None or bool((halos[rank].diff() > 0).all() and (halos[rank] >= 0).all())
+        for step, keys in zip(one.steps, (held[rank], halos[rank]), strict=False):
+            for tile in step:
+                queries, theirs = held[rank][tile.q_start : tile.q_end], keys[tile.k_start : tile.k_end]
+                count[queries[:, None], theirs[None, :]] += pairs(tile)
+                assert tile.pairs == int(pairs(tile).sum())
+                assert bool(pairs(tile).any(1).all()), "a query without a key has no softmax"
+        least = mask[held[rank]].any(0)
+        least[held[rank]] = False
+        assert sum(end - start for _, start, end in (one.halo.received if one.halo else ())) == int(least.sum())
+    assert torch.equal(count, mask.long())
+
+
+def one_sent(found: tiles.Plan) -> tuple[tuple[int, int, int], ...]:
+    return found.halo.sent if found.halo else ()
 
 
 # Balance

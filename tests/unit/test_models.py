@@ -34,14 +34,23 @@ def small(model_type: str, **changes: Any) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**settings))
 
 
+def with_config(model: PreTrainedModel, **changes: Any) -> PreTrainedModel:
+    for name, value in changes.items():
+        setattr(model.config, name, value)
+    return model
+
+
 REFUSED = {
-    "sliding window (mistral)": (lambda: small("mistral", sliding_window=16), "sliding window of 16"),
-    "sliding layers (qwen3)": (
-        lambda: small("qwen3", use_sliding_window=True, sliding_window=16, max_window_layers=1),
-        "layer 1 is sliding_attention",
+    "a window of nothing (mistral)": (lambda: small("mistral", sliding_window=0), "sliding window of 0: it must be"),
+    "chunked layers (llama)": (
+        lambda: with_config(small("llama"), layer_types=["chunked_attention", "full_attention"]),
+        "layer 0 is chunked_attention",
     ),
-    "softcap (gemma2)": (lambda: small("gemma2", layer_types=["full_attention"] * 2), "softcap is not in this version"),
-    "sinks (gpt_oss)": (
+    "softcap that is not passed on (llama)": (
+        lambda: with_config(small("llama"), attn_logit_softcapping=30.0),
+        "has a softcap of 30.0 that it does not pass",
+    ),
+    "experts (gpt_oss)": (
         lambda: small("gpt_oss", layer_types=["full_attention"] * 2, num_local_experts=2, num_experts_per_tok=1),
         "num_local_experts is 2",
     ),
@@ -66,7 +75,7 @@ REFUSED = {
         lambda: small("llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
         "rope_type dynamic",
     ),
-    "an unlisted type (cohere)": (lambda: small("cohere"), "has not been compared with one process; supported: gemma"),
+    "an unlisted type (cohere)": (lambda: small("cohere"), "has not been compared with one process; supported: cohere2, gemma"),
     "no interface (bloom)": (lambda: small("bloom", n_head=4, attention_dropout=0.0), "not been compared"),
     "encoder-decoder (t5)": (
         lambda: AutoModelForSeq2SeqLM.from_config(CONFIG_MAPPING["t5"](d_model=32, d_kv=8, d_ff=32, num_layers=1, vocab_size=64)),
@@ -111,7 +120,7 @@ def alone() -> Mesh:
 
 def attached(model: PreTrainedModel, kernel: str = "torch_cpu", loss_chunk: int = 0) -> attach.Handle:
     delta = deltas.load("reference") if checks.linear_shapes(model) else None
-    methods = Methods(attention=kernels.load(kernel), layout="zigzag", gathered=False, delta=delta)
+    methods = Methods(attention=kernels.load(kernel), layout="zigzag", gathered=False, delta=delta, windows=checks.windows(model))
     handle = attach.Handle(model, alone(), methods, CausalLMLoss("mean", divisor=lambda: 1), loss_chunk=loss_chunk)
     handle.apply()
     return handle
@@ -214,7 +223,20 @@ def test_keywords_that_need_the_whole_row_are_refused(keyword: str, value: Any, 
         model(input_ids=torch.arange(3, 40).unsqueeze(0), **{keyword: value})
 
 
-@pytest.mark.parametrize("keyword", ["sliding_window", "softcap", "s_aux"])
+def test_a_window_that_the_batch_was_not_planned_for_is_refused_at_the_call() -> None:
+    q = torch.zeros(1, 4, 8, 8)
+    context: Any = type("Context", (), {"census": None, "plans": {None: None}})()
+    with pytest.raises(ValueError, match="sliding_window=3; its layers were found to have None"):
+        attach.attention_forward(torch.nn.Identity(), q, q, q, cp=context, sliding_window=3)
+
+
+def test_windows_are_found_layer_by_layer() -> None:
+    assert checks.windows(selftest.tiny_model("gemma3_text")) == (11, None)
+    assert checks.windows(selftest.tiny_model("mistral")) == (11, 11)
+    assert checks.windows(selftest.tiny_model("llama")) == (None, None)
+
+
+@pytest.mark.parametrize("keyword", ["dropout", "head_mask"])
 def test_what_only_shows_at_the_call_is_refused_there(keyword: str) -> None:
     q = torch.zeros(1, 4, 8, 8)
     context: Any = type("Context", (), {"census": None})()

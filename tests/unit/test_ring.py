@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,19 +12,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ds_cp.kernels.attention import reference, torch_cpu
+from ds_cp.kernels.attention import Score, reference, torch_cpu
 from ds_cp.layout import Layout
 from ds_cp.tiles import Tile
 from tests.gpu import lockstep
 
 FEWEST_KEYS = 9
+SCORE = Score(0.25)
 
 
 class Sums:
     """dq of rectangles that share their queries, as `kernels.flash4_hopper.Queries` keeps it."""
 
-    def __init__(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tile: Tile, scale: float) -> None:
-        self._rest, self._given = (tile, scale), (dout, q, out, lse)
+    def __init__(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tile: Tile, score: Score) -> None:
+        self._rest, self._given = (tile, score), (dout, q, out, lse)
         self._dq: Tensor | None = torch.zeros_like(q)
 
     @staticmethod
@@ -48,15 +50,15 @@ def test_dq_summed_by_the_kernel_is_that_of_the_whole_row(ring: int, documents, 
     generator = torch.Generator().manual_seed(ring)
     tensors = [torch.randn(128, n, 16, generator=generator, dtype=torch.float64) for n in (8, 8, 2, 2)]
     kernel = SimpleNamespace(forward=torch_cpu.forward, backward=torch_cpu.backward, accumulate=Sums)
-    found = lockstep.ring(*tensors, documents, ring, kernel, 0.25, monkeypatch, gathered)
+    found = lockstep.ring(*tensors, documents, ring, kernel, SCORE, monkeypatch, gathered)
     assert_whole_row(found, tensors, documents)
 
 
-def assert_whole_row(found: dict[str, Tensor], tensors: list[Tensor], documents: Sequence[int]) -> None:
+def assert_whole_row(found: dict[str, Tensor], tensors: list[Tensor], documents: Sequence[int], window: int | None = None) -> None:
     dout, q, k, v = tensors
-    tile = Tile(0, documents[-1], 0, documents[-1], tuple(documents))
-    out, lse = reference.forward(q, k, v, tile, 0.25)
-    wanted = {"out": out, **dict(zip(("dq", "dk", "dv"), reference.backward(dout, q, k, v, out, lse, tile, 0.25), strict=True))}
+    tile = Tile(0, documents[-1], 0, documents[-1], tuple(documents), window)
+    out, lse = reference.forward(q, k, v, tile, SCORE)
+    wanted = {"out": out, **dict(zip(("dq", "dk", "dv"), reference.backward(dout, q, k, v, out, lse, tile, SCORE), strict=True))}
     for part, value in wanted.items():
         torch.testing.assert_close(found[part], value, rtol=1e-10, atol=1e-10, msg=part)
 
@@ -79,5 +81,39 @@ def test_any_layout_gives_what_one_kernel_gives(row: tuple[Layout, tuple[int, ..
     generator = torch.Generator().manual_seed(documents[-1])
     tensors = [torch.randn(documents[-1], n, 8, generator=generator, dtype=torch.float64) for n in (4, 4, 2, 2)]
     with pytest.MonkeyPatch.context() as patch:
-        found = lockstep.ring(*tensors, documents, plan.ring, reference, 0.25, patch, gathered, plan)
+        found = lockstep.ring(*tensors, documents, plan.ring, reference, SCORE, patch, gathered, plan)
     assert_whole_row(found, tensors, documents)
+
+
+@settings(max_examples=60)
+@given(row=any_layout(), window=st.integers(1, 30), kernel=st.sampled_from([reference, torch_cpu]))
+def test_a_window_gives_what_one_kernel_gives(row: tuple[Layout, tuple[int, ...]], window: int, kernel: Any) -> None:
+    plan, documents = row
+    generator = torch.Generator().manual_seed(documents[-1])
+    tensors = [torch.randn(documents[-1], n, 8, generator=generator, dtype=torch.float64) for n in (4, 4, 2, 2)]
+    with pytest.MonkeyPatch.context() as patch:
+        found = lockstep.ring(*tensors, documents, plan.ring, kernel, SCORE, patch, plan=plan, window=window)
+    assert_whole_row(found, tensors, documents, window)
+
+
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("documents", [(0, 64), (0, 5, 6, 40, 64)], ids=["one", "packed"])
+@pytest.mark.parametrize("ring", [1, 2, 4])
+def test_a_sink_is_one_more_score_of_the_whole_row(ring: int, documents, window: int | None, monkeypatch) -> None:
+    """Against PyTorch's softmax over the written-out scores with a column for the sink, dropped after it, and its autograd."""
+    generator = torch.Generator().manual_seed(ring)
+    dout, q, k, v = (torch.randn(64, n, 8, generator=generator, dtype=torch.float64) for n in (4, 4, 2, 2))
+    sink = torch.randn(4, generator=generator, dtype=torch.float64)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v, sink)]
+    token = torch.arange(64)
+    document = torch.bucketize(token, torch.tensor(documents), right=True)
+    distance = token[:, None] - token[None, :]
+    mask = (document[:, None] == document[None, :]) & (distance >= 0) & (distance < (window or 64))
+    scores = torch.einsum("tnh,snh->nts", leaves[0], leaves[1].repeat_interleave(2, 1)) * 0.25
+    column = leaves[3][:, None, None].expand(-1, 64, 1)
+    p = torch.cat((scores.masked_fill(~mask, -torch.inf), column), dim=-1).softmax(-1)[..., :-1]
+    out = torch.einsum("nts,snh->tnh", p, leaves[2].repeat_interleave(2, 1))
+    wanted = dict(zip(("dq", "dk", "dv", "dsink"), torch.autograd.grad(out, leaves, dout), strict=True))
+    found = lockstep.ring(dout, q, k, v, documents, ring, reference, SCORE, monkeypatch, window=window, sink=sink)
+    for part, value in {"out": out.detach(), **wanted}.items():
+        torch.testing.assert_close(found[part], value, rtol=1e-10, atol=1e-10, msg=part)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -18,6 +19,14 @@ MAX_HEAD_SIZE = 256
 """Of the CUDA kernels."""
 
 
+@dataclass(frozen=True)
+class Score:
+    """What q . k becomes before the softmax: scale * (q . k), with a softcap c that s becomes c * tanh(s / c)."""
+
+    scale: float
+    softcap: float | None = None
+
+
 class Kernel(Protocol):
     """What a kernel module offers. It gets slices, so of the tile it reads only its documents and lengths.
 
@@ -26,11 +35,11 @@ class Kernel(Protocol):
     """
 
     @staticmethod
-    def unsupported(q_TNH: Tensor, k_SMH: Tensor, v_SMH: Tensor, tile: Tile) -> str | None:
+    def unsupported(q_TNH: Tensor, k_SMH: Tensor, v_SMH: Tensor, tile: Tile, score: Score) -> str | None:
         """Why this kernel cannot compute these inputs, or None. Must not launch anything."""
 
     @staticmethod
-    def forward(q_TNH: Tensor, k_SMH: Tensor, v_SMH: Tensor, tile: Tile, scale: float) -> tuple[Tensor, Tensor]:
+    def forward(q_TNH: Tensor, k_SMH: Tensor, v_SMH: Tensor, tile: Tile, score: Score) -> tuple[Tensor, Tensor]:
         """(out_TNH in q's dtype, lse_TN): lse fp32 (fp64 for fp64), natural log."""
 
     @staticmethod
@@ -42,7 +51,7 @@ class Kernel(Protocol):
         out_TNH: Tensor,
         lse_TN: Tensor,
         tile: Tile,
-        scale: float,
+        score: Score,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(dq, dk, dv) of this tile, given the merged out and lse of the whole row of scores."""
 

@@ -12,14 +12,27 @@ torch.use_deterministic_algorithms the kernels' deterministic backward is used. 
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from ds_cp.kernels.attention import Accumulator, cuda_half_reason
+from ds_cp.kernels.attention import Accumulator, Score, cuda_half_reason
 from ds_cp.kernels.flash4_hopper import FEWEST_TOKENS, Launcher, Queries
 from ds_cp.tiles import Tile
+
+
+class Mask(NamedTuple):
+    """Who attends whom, as the package counts: from the last query on the last key, `left` keys and no more; None is all."""
+
+    causal: bool
+    left: int | None = None
+
+    def unbounded(self, sign: int | None) -> dict[str, int | None]:
+        """The window's arguments; `sign` is the package's for no bound."""
+        if self.left is None:
+            return {}
+        return {"window_size_left": self.left, "window_size_right": 0 if self.causal else sign}
 
 
 class Version(Protocol):
@@ -28,7 +41,7 @@ class Version(Protocol):
     NUMBER: int
     CAPABILITIES: tuple[int, ...]
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, cum: Tensor | None, longest: int, causal: bool, scale: float) -> Any:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, cum: Tensor | None, longest: int, mask: Mask, score: Score) -> Any:
         """(out, lse)."""
 
     def backward(
@@ -41,8 +54,8 @@ class Version(Protocol):
         lse: Tensor,
         cum: Tensor | None,
         longest: int,
-        causal: bool,
-        scale: float,
+        mask: Mask,
+        score: Score,
     ) -> Any:
         """(dq, dk, dv)."""
 
@@ -56,14 +69,19 @@ class _Four:
 
         self._forward, self._backward = interface._flash_attn_fwd, interface._flash_attn_bwd
 
-    def forward(self, q, k, v, cum, longest, causal, scale):
-        lengths = _lengths(cum, longest)
-        out, lse, *_ = self._forward(q, k, v, softmax_scale=scale, causal=causal, return_lse=True, **lengths)
+    def forward(self, q, k, v, cum, longest, mask, score):
+        options = {**_lengths(cum, longest), **mask.unbounded(None), **_softcap(score)}
+        out, lse, *_ = self._forward(q, k, v, softmax_scale=score.scale, causal=mask.causal, return_lse=True, **options)
         return out, lse
 
-    def backward(self, dout, q, k, v, out, lse, cum, longest, causal, scale):
-        options = {**_lengths(cum, longest), "deterministic": torch.are_deterministic_algorithms_enabled()}
-        return self._backward(q, k, v, out, dout, lse, softmax_scale=scale, causal=causal, **options)
+    def backward(self, dout, q, k, v, out, lse, cum, longest, mask, score):
+        options = {
+            **_lengths(cum, longest),
+            **mask.unbounded(None),
+            **_softcap(score),
+            "deterministic": torch.are_deterministic_algorithms_enabled(),
+        }
+        return self._backward(q, k, v, out, dout, lse, softmax_scale=score.scale, causal=mask.causal, **options)
 
 
 class _Three:
@@ -76,15 +94,21 @@ class _Three:
         self._forward = flash_attn_interface._flash_attn_forward
         self._backward = flash_attn_interface._flash_attn_backward
 
-    def forward(self, q, k, v, cum, longest, causal, scale):
-        out, lse, *_ = self._forward(q, k, v, softmax_scale=scale, causal=causal, **_lengths(cum, longest))
+    def forward(self, q, k, v, cum, longest, mask, score):
+        options = {**_lengths(cum, longest), **_softcap(score), **mask.unbounded(-1)}
+        out, lse, *_ = self._forward(q, k, v, softmax_scale=score.scale, causal=mask.causal, **options)
         return out, lse
 
-    def backward(self, dout, q, k, v, out, lse, cum, longest, causal, scale):
+    def backward(self, dout, q, k, v, out, lse, cum, longest, mask, score):
         grads = _empty(q, k, v)
-        options = {**_lengths(cum, longest), "deterministic": torch.are_deterministic_algorithms_enabled()}
+        options = {
+            **_lengths(cum, longest),
+            **_softcap(score),
+            **mask.unbounded(-1),
+            "deterministic": torch.are_deterministic_algorithms_enabled(),
+        }
         into = dict(zip(("dq", "dk", "dv"), grads, strict=True))
-        self._backward(dout, q, k, v, out, lse.contiguous(), softmax_scale=scale, is_causal=causal, **into, **options)
+        self._backward(dout, q, k, v, out, lse.contiguous(), softmax_scale=score.scale, is_causal=mask.causal, **into, **options)
         return grads
 
 
@@ -99,20 +123,20 @@ class _Two:
         self._backward, self._varlen_backward = interface._flash_attn_backward, interface._flash_attn_varlen_backward
 
     @staticmethod
-    def _options(causal: bool, scale: float) -> dict[str, Any]:
-        mask = {"causal": causal, "window_size_left": -1, "window_size_right": -1}
-        return {"dropout_p": 0.0, "softmax_scale": scale, **mask, "softcap": 0.0, "alibi_slopes": None}
+    def _options(mask: Mask, score: Score) -> dict[str, Any]:
+        bounds = {"causal": mask.causal, "window_size_left": -1, "window_size_right": -1, **mask.unbounded(-1)}
+        return {"dropout_p": 0.0, "softmax_scale": score.scale, **bounds, "softcap": score.softcap or 0.0, "alibi_slopes": None}
 
-    def forward(self, q, k, v, cum, longest, causal, scale):
+    def forward(self, q, k, v, cum, longest, mask, score):
         call = self._forward if cum is None else self._varlen_forward
-        options = self._options(causal, scale)
+        options = self._options(mask, score)
         out, lse, *_ = call(q, k, v, **_lengths(cum, longest), **options, return_softmax=False)
         return out, lse
 
-    def backward(self, dout, q, k, v, out, lse, cum, longest, causal, scale):
+    def backward(self, dout, q, k, v, out, lse, cum, longest, mask, score):
         call = self._backward if cum is None else self._varlen_backward
         grads = _empty(q, k, v)
-        options = {**self._options(causal, scale), "deterministic": torch.are_deterministic_algorithms_enabled()}
+        options = {**self._options(mask, score), "deterministic": torch.are_deterministic_algorithms_enabled()}
         call(dout, q, k, v, out, lse.contiguous(), *grads, **_lengths(cum, longest), **options)
         return grads
 
@@ -138,7 +162,7 @@ VERSION = _version.NUMBER
 _hopper = _launcher()
 
 
-def unsupported(q_TNH: Tensor, k_SMH: Tensor, v_SMH: Tensor, tile: Tile) -> str | None:
+def unsupported(q_TNH: Tensor, k_SMH: Tensor, v_SMH: Tensor, tile: Tile, score: Score) -> str | None:
     reason = cuda_half_reason(q_TNH, k_SMH, v_SMH)
     if reason is not None:
         return reason
@@ -152,13 +176,13 @@ def unsupported(q_TNH: Tensor, k_SMH: Tensor, v_SMH: Tensor, tile: Tile) -> str 
     return None
 
 
-def forward(q_TNH: Tensor, k_SMH: Tensor, v_SMH: Tensor, tile: Tile, scale: float) -> tuple[Tensor, Tensor]:
+def forward(q_TNH: Tensor, k_SMH: Tensor, v_SMH: Tensor, tile: Tile, score: Score) -> tuple[Tensor, Tensor]:
     cum, longest = _documents(q_TNH, tile)
     q, k, v = _batched(tile, cum, q_TNH, k_SMH, v_SMH)
-    if cum is None and _launchable(q, k):
-        out, lse = _hopper.forward(q, k, v, tile.causal, scale)
+    if cum is None and tile.window is None and score.softcap is None and _launchable(q, k):
+        out, lse = _hopper.forward(q, k, v, tile.causal, score.scale)
     else:
-        out, lse = _version.forward(q, k, v, cum, longest, tile.causal, scale)
+        out, lse = _version.forward(q, k, v, cum, longest, _mask(q_TNH, k_SMH, tile), score)
     return (out, lse.transpose(0, 1)) if cum is not None else (out.flatten(0, 1), _flat_lse(lse).transpose(0, 1))
 
 
@@ -170,15 +194,15 @@ def backward(
     out_TNH: Tensor,
     lse_TN: Tensor,
     tile: Tile,
-    scale: float,
+    score: Score,
 ) -> tuple[Tensor, Tensor, Tensor]:
     cum, longest = _documents(q_TNH, tile)
     dout, q, k, v, out = _batched(tile, cum, dout_TNH, q_TNH, k_SMH, v_SMH, out_TNH)
-    lse = lse_TN.transpose(0, 1)
+    lse, mask = lse_TN.transpose(0, 1), _mask(q_TNH, k_SMH, tile)
     if cum is not None:
-        return _version.backward(dout, q, k, v, out, lse, cum, longest, tile.causal, scale)
+        return _version.backward(dout, q, k, v, out, lse, cum, longest, mask, score)
     lse = lse.unflatten(1, (q.shape[0], -1)).transpose(0, 1)
-    dq, dk, dv = _version.backward(dout, q, k, v, out, lse, cum, longest, tile.causal, scale)
+    dq, dk, dv = _version.backward(dout, q, k, v, out, lse, cum, longest, mask, score)
     return dq.flatten(0, 1), dk.flatten(0, 1), dv.flatten(0, 1)
 
 
@@ -190,17 +214,23 @@ def accumulate(
     out_TNH: Tensor,
     lse_TN: Tensor,
     tile: Tile,
-    scale: float,
+    score: Score,
 ) -> Accumulator | None:
     """None where flash4_hopper does not go."""
-    if tile.causal or not _launchable(q_TNH.unsqueeze(0), q_TNH.unsqueeze(0)) or torch.are_deterministic_algorithms_enabled():
+    if (
+        tile.causal
+        or tile.window is not None
+        or score.softcap is not None
+        or not _launchable(q_TNH.unsqueeze(0), q_TNH.unsqueeze(0))
+        or torch.are_deterministic_algorithms_enabled()
+    ):
         return None
-    return Queries(_hopper, dout_TNH, q_TNH, out_TNH, lse_TN, scale)
+    return Queries(_hopper, dout_TNH, q_TNH, out_TNH, lse_TN, score.scale)
 
 
 def launched(tile: Tile) -> bool:
     """Whether the forward of a tile of ordinary size goes past the package's front end."""
-    return _hopper is not None and _dense(tile)
+    return _hopper is not None and tile.window is None and _dense(tile)
 
 
 def _launchable(q_BTNH: Tensor, k_BSMH: Tensor) -> bool:
@@ -216,6 +246,16 @@ def _documents(q: Tensor, tile: Tile) -> tuple[Tensor | None, int]:
     if tile.cu_seqlens is not None:
         return tile.cu_seqlens, tile.longest
     return torch.tensor(tile.documents, dtype=torch.int32, device=q.device), tile.longest
+
+
+def _softcap(score: Score) -> dict[str, float]:
+    return {} if score.softcap is None else {"softcap": score.softcap}
+
+
+def _mask(q: Tensor, k: Tensor, tile: Tile) -> Mask:
+    if tile.window is None:
+        return Mask(tile.causal)
+    return Mask(tile.causal, tile.window - 1 if tile.causal else tile.window - 1 - tile.ahead + k.shape[0] - q.shape[0])
 
 
 def _dense(tile: Tile) -> bool:

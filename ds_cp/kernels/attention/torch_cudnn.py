@@ -12,27 +12,31 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ds_cp.kernels.attention import cuda_half_reason
+from ds_cp.kernels.attention import Score, cuda_half_reason
 from ds_cp.tiles import Tile
 
 _forward = torch.ops.aten._scaled_dot_product_cudnn_attention
 _backward = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
 
 
-def unsupported(q_TNH: Tensor, k_SMH: Tensor, v_SMH: Tensor, tile: Tile) -> str | None:
+def unsupported(q_TNH: Tensor, k_SMH: Tensor, v_SMH: Tensor, tile: Tile, score: Score) -> str | None:
+    if score.softcap is not None:
+        return "it has no softcap; use flash_attn or reference"
     reason = cuda_half_reason(q_TNH, k_SMH, v_SMH)
     if reason is None and torch.cuda.get_device_capability(q_TNH.device)[0] < 9:
         return "it was tried on Hopper and later only; use torch_flash"
+    if reason is None and tile.window is not None:
+        return "it has no sliding windows; use torch_flash or flash_attn"
     return reason
 
 
-def forward(q_TNH: Tensor, k_SMH: Tensor, v_SMH: Tensor, tile: Tile, scale: float) -> tuple[Tensor, Tensor]:
+def forward(q_TNH: Tensor, k_SMH: Tensor, v_SMH: Tensor, tile: Tile, score: Score) -> tuple[Tensor, Tensor]:
     if tile.documents is None or len(tile.documents) == 2:
-        return _one(q_TNH, k_SMH, v_SMH, tile.causal, scale)
+        return _one(q_TNH, k_SMH, v_SMH, tile.causal, score.scale)
     out, lse_NT = torch.empty_like(q_TNH), q_TNH.new_empty(q_TNH.shape[1::-1], dtype=torch.float32)
     for start, end in pairwise(tile.documents):
         part = slice(start, end)
-        out[part], lse_NT.T[part] = _one(q_TNH[part], k_SMH[part], v_SMH[part], True, scale)
+        out[part], lse_NT.T[part] = _one(q_TNH[part], k_SMH[part], v_SMH[part], True, score.scale)
     return out, lse_NT.T
 
 
@@ -44,15 +48,15 @@ def backward(
     out_TNH: Tensor,
     lse_TN: Tensor,
     tile: Tile,
-    scale: float,
+    score: Score,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if tile.documents is None or len(tile.documents) == 2:
-        return _one_backward(dout_TNH, q_TNH, k_SMH, v_SMH, out_TNH, lse_TN, tile.causal, scale)
+        return _one_backward(dout_TNH, q_TNH, k_SMH, v_SMH, out_TNH, lse_TN, tile.causal, score.scale)
     dq, dk, dv = torch.empty_like(q_TNH), torch.empty_like(k_SMH), torch.empty_like(v_SMH)
     for start, end in pairwise(tile.documents):
         part = slice(start, end)
         tensors = (dout_TNH[part], q_TNH[part], k_SMH[part], v_SMH[part], out_TNH[part], lse_TN[part])
-        dq[part], dk[part], dv[part] = _one_backward(*tensors, True, scale)
+        dq[part], dk[part], dv[part] = _one_backward(*tensors, True, score.scale)
     return dq, dk, dv
 
 
