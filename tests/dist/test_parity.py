@@ -58,9 +58,11 @@ def test_a_kernel_without_softcap_is_refused_with_the_name_of_one_that_has_it(po
     assert "attention_kernel: torch_cpu: it has no softcap; use reference" in caught.value.errors[0][1]
 
 
-@pytest.mark.parametrize("window", [1, 2, 8, 17, 40, 69, 70, 1000])
+@pytest.mark.parametrize("window", [2, 8, 17, 40, 69, 70, 1000])
 def test_any_window(pool, window: int) -> None:
-    """Of one token, over several chunks, as long as the row, longer."""
+    """Over several chunks, as long as the row, longer. With a window of one token the true gradient of q and k is zero, and both sides
+    have only rounding there: `tests/unit/test_ring.py` has that one in fp64.
+    """
     run = {"model_type": "mistral", "block": block(1, 4), "changes": {"sliding_window": window}, "length": 70}
     assert_parity(pool(4).run(jobs.parity, stage=1, **run))
 

@@ -46,6 +46,7 @@ IMPORTS = _table(
         "reshard": "layout comm",
         "placement": "layout mesh comm kernels.delta",
         "batch": "layout tiles mesh",
+        "packing": "batch",
         "ring": "tiles comm batch",
         "attention": "ring tiles comm batch",
         "delta": "comm batch",

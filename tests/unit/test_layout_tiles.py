@@ -343,6 +343,12 @@ def test_a_window_is_computed_exactly_once_and_only_it_travels(row: tuple[Layout
     assert torch.equal(count, mask.long())
 
 
+def test_a_window_of_a_long_row_sends_what_a_rank_needs_and_lacks() -> None:
+    plan, documents = one_document("zigzag", 2**17, 8, 1)
+    sent = sum(end - start for rank in range(8) for _, start, end in one_sent(tiles.plan_window(plan, rank, documents, 4096)))
+    assert sent == (2 * 8 - 2) * 4095  # before every chunk but the first, and the two middle ones are one run
+
+
 def one_sent(found: tiles.Plan) -> tuple[tuple[int, int, int], ...]:
     return found.halo.sent if found.halo else ()
 
@@ -368,6 +374,10 @@ def test_balanced_gives_every_rank_the_same_work(ring: int, name: str) -> None:
     work = [sum(tile.pairs for step in tiles.plan(plan, rank, bounds).steps for tile in step) for rank in range(ring)]
     assert sum(work) / ring / max(work) >= balance.BALANCED
     assert sum(work) == sum((end - start) * (end - start + 1) // 2 for start, end in pairwise(bounds))
+
+
+def test_chunks_are_swapped_where_the_longest_first_rule_ends_uneven() -> None:
+    assert balance.longest_first([7, 6, 4, 9, 8, 8], 2) == [(0, 1, 5), (2, 3, 4)]  # 21 and 21; the rule alone gives 22 and 20
 
 
 @given(ring=st.integers(2, 16), chunk=st.integers(1, 4), ulysses=st.integers(1, 4))
