@@ -1,4 +1,5 @@
-"""The shell: `ds-cp check` says what a config becomes for a model and a number of ranks, or why it is refused. Starts nothing."""
+"""The shell: `ds-cp check` says what a config becomes for a model and a number of ranks, or why it is refused; `ds-cp explain`
+shows a row under a layout. Starts nothing."""
 
 from __future__ import annotations
 
@@ -10,13 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from ds_cp import config, layout, topology
+from ds_cp import explain as explaining
 
 app = typer.Typer(add_completion=False, help="Sequence parallelism for DeepSpeed.")
-
-
-@app.callback()
-def _root() -> None:
-    """Keeps `check` a subcommand while it is the only one."""
 
 
 @app.command()
@@ -60,6 +57,31 @@ def check(
     }.items():
         table.add_row(setting, str(value))
     Console().print(table)
+
+
+@app.command()
+def explain(
+    docs: Annotated[Path, typer.Option(help="A file with the lengths of a row's documents.")],
+    ring: Annotated[int, typer.Option(min=1, help="Ring ranks.")],
+    layout_name: Annotated[str, typer.Option("--layout", help="auto, zigzag, balanced or contiguous.")] = "auto",
+    ulysses: Annotated[int, typer.Option(min=1, help="Ulysses ranks of each ring rank.")] = 1,
+    window: Annotated[int, typer.Option(min=0, help="Sliding window; 0 is full attention.")] = 0,
+    png: Annotated[Path | None, typer.Option(help="Where to draw the same as a picture.")] = None,
+) -> None:
+    """Shows who holds what of a row, the work of every ring rank and what travels."""
+    allowed = config.THIS_VERSION["layout"]
+    try:
+        if layout_name not in allowed:
+            raise ValueError(f"--layout {layout_name}: use one of {', '.join(allowed)}")
+        if not docs.is_file():
+            raise ValueError(f"--docs {docs}: no such file")
+        found = explaining.explain(layout_name, explaining.read_lengths(docs), ring, ulysses, window or None)
+        explaining.show(found, Console())
+        if png is not None:
+            explaining.draw(found, png)
+    except ValueError as error:
+        Console(stderr=True).print(f"[red]refused:[/red] {error}", soft_wrap=True)
+        raise typer.Exit(1) from None
 
 
 def _heads_of(model: str) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:

@@ -60,7 +60,8 @@ IMPORTS = _table(
         "batch attention delta loss loader models",
         "trainer": "engine",
         "selftest": "engine kernels.attention tiles batch models",
-        "cli": "config planner selftest",
+        "explain": "balance layout tiles",
+        "cli": "config planner selftest explain",
     }
 )
 """The import table: a component (a module, or a folder) may import itself and these. What nothing here names is refused."""
