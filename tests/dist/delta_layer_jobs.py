@@ -93,7 +93,7 @@ def attention_traffic(ulysses: int, ring: int, kv_heads: int) -> dict[str, list[
     tensors = [torch.randn(1, heads, tokens, 16).requires_grad_() for heads in (8, kv_heads, kv_heads)]
     there, back = jobs.Traffic(), jobs.Traffic()
     with there:
-        out = attend(*tensors, context, 0.3)
+        out = attend(*tensors, context, attention.Score(0.3))
     with back:
         torch.autograd.grad(out, tensors, torch.ones_like(out))
     mesh.destroy(axes)
