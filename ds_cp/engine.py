@@ -111,6 +111,7 @@ def prepare(model: nn.Module, block: Config, ds_config: Mapping[str, Any]) -> tu
     """
     inner = attach.find(model)
     checks.refuse(inner)
+    preflight.check_agreement("sequence_parallel.attention_kernel", choice.identity(kernel_of(block)))
     head = inner.get_output_embeddings()
     if block.loss_chunk != 0 and lm_head.is_composite(head):
         set_z3_leaf_module(head, True)
@@ -173,6 +174,7 @@ def methods_of(block: Config, model: nn.Module, degrees: topology.Topology, dtyp
         attention=kernel_of(block),
         layout=block.layout,
         gathered=block.ring_impl == "allgather",
+        beside=torch.cuda.Stream() if get_accelerator().device_name() == "cuda" else None,
         delta=_delta_kernel(block, shapes, dtype, passing=linear == "state" and degrees.ring > 1) if shapes else None,
         linear=linear,
         windows=checks.windows(model),

@@ -34,6 +34,8 @@ class Methods:
     """A layout of `ds_cp.layout`; "auto" goes by each row's documents."""
     gathered: bool
     """The ring gathers keys and values at once instead of passing them on (`ring_impl: allgather`)."""
+    beside: torch.cuda.Stream | None = None
+    """A second stream for the kernels of neighbouring ring steps; None: one after another."""
     delta: deltas.Kernel | None = None
     """None for a model without Gated DeltaNet layers."""
     linear: Literal["heads", "state"] = "heads"

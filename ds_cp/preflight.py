@@ -49,6 +49,21 @@ def check_world_size() -> None:
         )
 
 
+def check_agreement(what: str, value: str) -> None:
+    """Refuses when ranks would do different things; every rank of the job must call it.
+
+    Raises:
+        ValueError: on every rank, with what the ranks have.
+    """
+    everyone: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(everyone, value)
+    if len(set(everyone)) > 1:
+        found = "; ".join(f"{v} on ranks {[rank for rank, x in enumerate(everyone) if x == v]}" for v in sorted(set(everyone)))
+        raise ValueError(
+            f"{what}: the ranks differ: {found}. Give all hosts the same packages and GPUs, or name a kernel that all have"
+        )
+
+
 def _extensions_root() -> Path:
     from torch.utils.cpp_extension import get_default_build_root
 

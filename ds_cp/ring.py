@@ -2,12 +2,15 @@
 
 Source: Liu et al., Ring Attention with Blockwise Transformers, 2023. At ring rank r of R, `ring_impl: p2p`:
 
-    forward   step s: post hop of (k, v); tiles of block r - s; merge (out, lse) in fp32; wait
+    forward   step s: post hop of (k, v); tiles of block r - s; wait.  At the end merge every (out, lse) in fp32
     backward  step s: post hop of (k, v); tiles of block r - s with the MERGED out and lse;
-              dq stays, (dk, dv) = mine + what came in, post hop of (dk, dv); from the block's last step it goes home
+              dq stays, (dk, dv) are added to the sum that came in from r - 2 after step s - 2; post its hop to r + 2, or home
 
 A block travels no further than the last rank that needs any of it (`Plan.reach`, from integers, the same on every rank): with one
 document that is R - 1 hops, with documents that no rank shares none.
+
+A block has two sums of (dk, dv) on the way, of its even and of its odd steps, which meet at home: each has a whole step to travel,
+so a kernel may add to it in place. Steps take turns on two streams (ds_cp.lanes): one fills the GPU where the other no longer does.
 
 `ring_impl: allgather` (as in Llama 3's training, Dubey et al., 2024) has two steps: the own chunks, while everybody's (k, v) are
 gathered, then each own chunk against all that stands before it; (dk, dv) go home in one reduce-scatter. Fewer and larger kernel
@@ -17,14 +20,14 @@ A layer with a window has two steps: the own runs of chunks, while the window's 
 owners; then those (`Plan.halo`). Their (dk, dv) go straight back. Traffic is the window's, whatever the row.
 
 Because every tile's backward gets the whole row's out and lse, p = exp(s - lse) and delta = dout . out are those of the whole
-softmax: no forward is repeated and nothing is saved per step but q, k, v, out, lse. Blocks live in two buffers by turns.
+softmax: no forward is repeated and nothing is saved per step but q, k, v, out, lse. Blocks live in two buffers by turns, sums in
+three.
 
 Shapes: S tokens of the ring rank, N query heads, M key/value heads, H head size, 2 for (k, v).
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 
 import torch
@@ -32,9 +35,14 @@ from torch import Tensor
 
 from ds_cp import comm
 from ds_cp.batch import SequenceContext
-from ds_cp.kernels.attention import Accumulator, Score
-from ds_cp.kernels.merge import AT_ONCE, merge_, total
+from ds_cp.kernels.attention import Score
+from ds_cp.kernels.merge import AT_ONCE, merge_
+from ds_cp.kernels.sums import Sums, sums_of
+from ds_cp.lanes import Lanes
 from ds_cp.tiles import Halo, Plan, Tile
+
+FEWER_AT_ONCE = 5
+"""Results that are merged at once where there are more than AT_ONCE, and the running one is in fp32: bounds the memory."""
 
 Block = Tensor | tuple[Tensor, Tensor]
 """[2, keys, M, H], or the pair (k, v)."""
@@ -63,10 +71,15 @@ class RingAttention(torch.autograd.Function):
         plan: Plan,
         score: Score,
     ) -> Tensor:
-        push = _Push(q_SNH, context, score)
-        for block, tiles in _blocks(k_SMH, v_SMH, context, plan):
-            for tile in tiles:
-                push.tile(block, tile)
+        push, lanes = _Push(q_SNH, context, plan, score), Lanes(context.methods.beside)
+        for turn, block, tiles in _blocks(k_SMH, v_SMH, context, plan, lanes):
+            with lanes.turn(turn):
+                for tile in tiles:
+                    push.tile(block, tile)
+            if push.full:
+                with lanes.alone():
+                    push.merge()
+        lanes.join()
         out, lse = push.result()
         if sink_N is not None:
             out, lse = _with_sink(out, lse, sink_N)
@@ -82,12 +95,13 @@ class RingAttention(torch.autograd.Function):
         if len(plan.steps) == 1:
             grads = context.methods.attention.backward(dout_SNH, q, k, v, out, lse, plan.steps[0][0], ctx.score)
             return *grads, dsink, None, None, None
-        pull = _Pull(dout_SNH.contiguous(), q, out, lse, context, plan, ctx.score)
+        tiles = [tile for step in plan.steps for tile in step]
+        sums = sums_of(context.methods.attention, dout_SNH.contiguous(), q, out, lse, k.shape[1], tiles, ctx.score)
         if plan.halo is not None:
-            dkv = _backward_halo(pull, k, v, context, plan)
+            dkv = _backward_halo(sums, k, v, context, plan)
         else:
-            dkv = (_backward_gathered if context.methods.gathered else _backward_hops)(pull, k, v, context, plan)
-        return pull.dq(), dkv[0].to(k.dtype), dkv[1].to(v.dtype), dsink, None, None, None
+            dkv = (_backward_gathered if context.methods.gathered else _backward_hops)(sums, k, v, context, plan)
+        return sums.dq(), *dkv.unbind(), dsink, None, None, None
 
 
 def _with_sink(out_SNH: Tensor, lse_SN: Tensor, sink_N: Tensor) -> tuple[Tensor, Tensor]:
@@ -105,162 +119,154 @@ def _sink_gradient(dout_SNH: Tensor, out_SNH: Tensor, lse_SN: Tensor, sink_N: Te
 
 
 class _Push:
-    """The forward of tiles, merged in fp32. The first tile must cover every query."""
+    """The forward of tiles. The first tile must cover every query."""
 
-    def __init__(self, q: Tensor, context: SequenceContext, score: Score) -> None:
+    def __init__(self, q: Tensor, context: SequenceContext, plan: Plan, score: Score) -> None:
         self._q, self._kernel, self._score = q, context.methods.attention, score
         self._out: Tensor | None = None
         self._lse: Tensor | None = None
-        self._span = (0, 0)
-        self._waiting: list[tuple[Tensor, Tensor]] = []  # results for the queries of `_span`, to be merged at once
+        self._waiting: list[tuple[int, Tensor, Tensor]] = []
+        self._left = sum(map(len, plan.steps)) - 1
+        self._at_once = AT_ONCE if self._left <= AT_ONCE else FEWER_AT_ONCE
 
     def tile(self, block: Block, tile: Tile) -> None:
         out, lse = self._kernel.forward(*_slices(self._q, block, tile), tile, self._score)
         if self._out is None:
             self._out, self._lse = out, lse
-            return
-        span = tile.q_start, tile.q_end
-        if span != self._span or len(self._waiting) == AT_ONCE:
-            self._merge()
-        self._span = span
-        self._waiting.append((out, lse))
+        else:
+            self._waiting.append((tile.q_start, out, lse))
 
-    def _merge(self) -> None:
-        if not self._waiting:
-            return
-        part, into, work = slice(*self._span), None, self._lse.dtype
-        whole = self._span == (0, len(self._q))
-        if self._out.dtype != work and whole:
-            into = torch.empty_like(self._out, dtype=work)
-        elif self._out.dtype != work:
-            self._out = self._out.to(work)
-        merge_(self._out[part], self._lse[part], self._waiting, into)
-        self._out = self._out if into is None else into
-        self._waiting = []
+    @property
+    def full(self) -> bool:
+        return len(self._waiting) >= self._at_once
+
+    def merge(self) -> None:
+        """What waits into the running result, which stays in fp32 until the last tile is in."""
+        while some := self._waiting[: self._at_once]:
+            self._waiting = self._waiting[self._at_once :]
+            self._left -= len(some)
+            last, work = self._left == 0, self._lse.dtype
+            dtype = self._q.dtype if last else work
+            into = self._out if self._out.dtype == dtype else torch.empty_like(self._out, dtype=dtype)
+            merge_(self._out, self._lse, some, into)
+            self._out = into
 
     def result(self) -> tuple[Tensor, Tensor]:
         """(out in q's dtype, lse)."""
-        self._merge()
-        return self._out.to(self._q.dtype), self._lse
+        self.merge()
+        return self._out, self._lse
 
 
-class _Pull:
-    """The backward of tiles: sums dq, hands dk and dv back. The first tile must cover every query."""
-
-    def __init__(
-        self, dout: Tensor, q: Tensor, out: Tensor, lse: Tensor, context: SequenceContext, plan: Plan, score: Score
-    ) -> None:
-        self._dout, self._q, self._out, self._lse = dout, q, out, lse
-        self._kernel, self._score = context.methods.attention, score
-        self.work = torch.float64 if q.dtype == torch.float64 else torch.float32
-        self._dq: Tensor | None = None
-        self._parts: list[tuple[int, Tensor]] = []
-        self._sums: dict[tuple[int, int], Accumulator | None] = {}
-        self._left = Counter((tile.q_start, tile.q_end) for tiles in plan.steps[1:] for tile in tiles)
-
-    def tile(self, block: Block, tile: Tile) -> Block:
-        """(dk, dv) of one tile."""
-        q, k, v = _slices(self._q, block, tile)
-        part = slice(tile.q_start, tile.q_end)
-        given = self._dout[part], q, k, v, self._out[part], self._lse[part], tile, self._score
-        if self._dq is None:
-            self._dq, dk, dv = self._kernel.backward(*given)
-            return dk, dv
-        sums = self._accumulator(tile, given)
-        if sums is not None and sums.takes(k):
-            dkv = sums.backward(k, v)
-        else:
-            self._dq = self._dq.to(self.work)
-            dq, *dkv = self._kernel.backward(*given)
-            self._dq[part] += dq
-        self._finish(tile)
-        return dkv
-
-    def _accumulator(self, tile: Tile, given: tuple) -> Accumulator | None:
-        """Where the kernel sums dq itself: one for all tiles of the same queries."""
-        span = tile.q_start, tile.q_end
-        if span not in self._sums:
-            accumulate = getattr(self._kernel, "accumulate", None)
-            self._sums[span] = accumulate(*given) if accumulate else None
-        return self._sums[span]
-
-    def _finish(self, tile: Tile) -> None:
-        """After the last tile of these queries their sum in fp32 gives way to dq in q's dtype."""
-        span = tile.q_start, tile.q_end
-        self._left[span] -= 1
-        if self._left[span] == 0 and (sums := self._sums.pop(span)) is not None:
-            self._parts.append((tile.q_start, sums.dq()))
-
-    def dq(self) -> Tensor:
-        """In q's dtype; once, at the end."""
-        assert self._dq is not None
-        assert not self._sums
-        return total(self._dq, self._parts, self._q.dtype)
+def _backward_hops(sums: Sums, k: Tensor, v: Tensor, context: SequenceContext, plan: Plan) -> Tensor:
+    """(dk, dv) [2, S, M, H] of the own block, after a whole turn around the ring."""
+    lanes = Lanes(context.methods.beside)
+    trip = _Trip(sums, len(k), context, plan, lanes)
+    for step, block, tiles in _blocks(k, v, context, plan, lanes):
+        with lanes.turn(step):
+            into = trip.sum(step)
+            for tile in tiles:
+                sums.add(into, tile, *block)
+        trip.leave(step)
+        if sums.full:
+            with lanes.alone():
+                sums.settle()
+    lanes.join()
+    return sums.dkv(trip.home(), len(k), k.dtype)
 
 
-def _backward_hops(pull: _Pull, k: Tensor, v: Tensor, context: SequenceContext, plan: Plan) -> Tensor:
-    """(dk, dv) [2, S, M, H] of the own block, which is with the rank that needs it last and then comes home."""
-    ring, reach = context.mesh.ring, plan.reach
-    home = hop = None
-    dkv = spare = torch.empty(0)
-    for step, (block, tiles) in enumerate(_blocks(k, v, context, plan)):
-        parts = [(tile, pull.tile(block, tile)) for tile in tiles]
-        if hop is None:  # step 0: one tile over all own keys
-            [(_, (dk, dv))] = parts
-            dkv = torch.empty((2, *k.shape), dtype=pull.work, device=k.device)
-            dkv[0], dkv[1] = dk, dv
-            home = None if reach[ring.rank] else dkv
-            spare = torch.empty_like(dkv)
-        else:
-            hop.wait()
-            # What is at home for good is not received into.
-            dkv, spare = spare, torch.empty_like(dkv) if dkv is home else dkv
-            for tile, part in parts:
-                _add(dkv, tile, part)
-        here, coming = (ring.rank - step) % ring.size, (ring.rank - 1 - step) % ring.size
-        sent, received = [], []
-        if step < reach[here]:
-            sent.append((dkv, (ring.rank + 1) % ring.size))
-        elif step == reach[here] and step:
-            sent.append((dkv, here))
-        if step < reach[coming]:
-            received.append((spare, (ring.rank - 1) % ring.size))
-        if step == reach[ring.rank] and step:
-            home = torch.empty_like(dkv) if received else spare
-            received.append((home, (ring.rank + step) % ring.size))
-        hop = _post(sent, received, context, "gradient")
-    hop.wait()
-    return home
+class _Trip:
+    """The sums of (dk, dv) that this rank holds: of a block's even steps and of its odd steps, each where its step is computed."""
+
+    def __init__(self, sums: Sums, keys: int, context: SequenceContext, plan: Plan, lanes: Lanes) -> None:
+        self._sums, self._keys, self._context, self._plan, self._lanes = sums, keys, context, plan, lanes
+        self._here: dict[int, Tensor] = {}  # by step
+        self._free: list[Tensor] = []
+        self._home: list[Tensor] = []
+        self._like: Tensor | None = None
+        self._sent: Sends = []
+        self._hop: comm.Hop | None = None
+
+    def sum(self, step: int) -> Tensor | None:
+        """What this step's tiles are added to: it begins in steps 0 and 1, then it is the one that came in."""
+        if step < 2 and step <= self._reach(-step):
+            self._here[step] = self._like = self._sums.new(self._keys)
+        return self._here.get(step)
+
+    def leave(self, step: int) -> None:
+        """To the rank that adds to it two steps on, or home. The one for the next step has come in."""
+        with self._lanes.turn(step + 1):
+            self._wait()
+        self._lanes.order(step + 1, step)  # the buffers that were sent are free
+        mine, sent, received = self._here.pop(step, None), [], []
+        with self._lanes.turn(step):
+            if mine is not None and step + 2 <= self._reach(-step):
+                sent.append((mine, self._rank(2)))
+            elif mine is not None and step:
+                sent.append((mine, self._rank(-step)))
+            elif mine is not None:
+                self._home.append(mine)
+            if step + 2 <= self._reach(-step - 2):
+                self._here[step + 2] = self._buffer()
+                received.append((self._here[step + 2], self._rank(-2)))
+            if 0 < step <= self._reach(0) < step + 2:
+                self._home.append(self._buffer())
+                received.append((self._home[-1], self._rank(step)))
+            self._hop, self._sent = _post(sent, received, self._context, "gradient"), sent
+
+    def home(self) -> list[Tensor]:
+        self._wait()
+        return self._home
+
+    def _wait(self) -> None:
+        if self._hop is not None:
+            self._hop.wait()
+            self._free += [x for x, _ in self._sent]
+
+    def _buffer(self) -> Tensor:
+        return self._free.pop() if self._free else torch.empty_like(self._like)
+
+    def _rank(self, by: int) -> int:
+        ring = self._context.mesh.ring
+        return (ring.rank + by) % ring.size
+
+    def _reach(self, by: int) -> int:
+        return self._plan.reach[self._rank(by)]
 
 
-def _backward_gathered(pull: _Pull, k: Tensor, v: Tensor, context: SequenceContext, plan: Plan) -> Tensor:
-    (own, (own_tile,)), (row, tiles) = _blocks(k, v, context, plan)
-    dkv = torch.empty_like(own, dtype=pull.work)
-    dkv[0], dkv[1] = pull.tile(own, own_tile)
-    drow = torch.zeros_like(row, dtype=pull.work)
-    for tile in tiles:
-        _add(drow, tile, pull.tile(row, tile))
-    home = comm.reduce_scatter(_by_slot(drow, context), context.mesh.ring.group)
-    for mine, theirs in zip(_own_slots(dkv, context), home, strict=True):
-        mine += theirs
-    return dkv
+def _backward_gathered(sums: Sums, k: Tensor, v: Tensor, context: SequenceContext, plan: Plan) -> Tensor:
+    (_, own, (own_tile,)), *others = _blocks(k, v, context, plan, Lanes(None))
+    mine = sums.new(len(k), plain=True)
+    sums.add(mine, own_tile, *own)
+    row = sums.new(context.layout.length, plain=True)
+    for _, block, tiles in others:
+        for tile in tiles:
+            sums.add(row, tile, *block)
+            if sums.full:
+                sums.settle()
+    home = comm.reduce_scatter(_by_slot(row, context), context.mesh.ring.group)
+    for part, theirs in zip(_own_slots(mine, context), home, strict=True):
+        part += theirs
+    return mine.to(k.dtype)
 
 
-def _backward_halo(pull: _Pull, k: Tensor, v: Tensor, context: SequenceContext, plan: Plan) -> Tensor:
-    (own, (own_tile,)), (halo, tiles) = _blocks(k, v, context, plan)
-    dkv = torch.empty((2, *k.shape), dtype=pull.work, device=k.device)
-    dkv[0], dkv[1] = pull.tile(own, own_tile)
-    dhalo = torch.zeros((plan.halo.tokens, 2, *k.shape[1:]), dtype=pull.work, device=k.device)
-    for tile in tiles:
-        _add(dhalo.transpose(0, 1), tile, pull.tile(halo, tile))
+def _backward_halo(sums: Sums, k: Tensor, v: Tensor, context: SequenceContext, plan: Plan) -> Tensor:
+    (_, own, (own_tile,)), *others = _blocks(k, v, context, plan, Lanes(None))
+    mine = sums.new(len(k), plain=True)
+    sums.add(mine, own_tile, *own)
+    dhalo = mine.new_zeros((plan.halo.tokens, *mine.shape[:1], *mine.shape[2:]))
+    for _, block, tiles in others:
+        for tile in tiles:
+            sums.add(dhalo.transpose(0, 1), tile, *block)
+            if sums.full:
+                sums.settle()
     home = [(dhalo.new_empty((end - start, *dhalo.shape[1:])), rank) for rank, start, end in plan.halo.sent]
     hop = _post([(dhalo[start:end], rank) for rank, start, end in plan.halo.received], home, context, "halo gradient")
     for place, start, end in plan.halo.own:
-        dkv[:, start:end] += dhalo[place : place + end - start].transpose(0, 1)
+        mine[:, start:end] += dhalo[place : place + end - start].transpose(0, 1)
     hop.wait()
     for (part, _), (_, start, end) in zip(home, plan.halo.sent, strict=True):
-        dkv[:, start:end] += part.transpose(0, 1)
-    return dkv
+        mine[:, start:end] += part.transpose(0, 1)
+    return mine.to(k.dtype)
 
 
 def _post_halo(k: Tensor, v: Tensor, context: SequenceContext, halo: Halo) -> tuple[Tensor, comm.Hop]:
@@ -273,34 +279,43 @@ def _post_halo(k: Tensor, v: Tensor, context: SequenceContext, halo: Halo) -> tu
     return keys, hop
 
 
-def _blocks(k: Tensor, v: Tensor, context: SequenceContext, plan: Plan) -> Iterator[tuple[Block, tuple[Tile, ...]]]:
-    """Every step's block with its tiles. What the next step needs is posted before a block is handed out."""
+def _blocks(
+    k: Tensor, v: Tensor, context: SequenceContext, plan: Plan, lanes: Lanes
+) -> Iterator[tuple[int, Block, tuple[Tile, ...]]]:
+    """(turn, block, its tiles). What the next step needs is posted before a block is handed out."""
     steps = plan.steps
     if len(steps) == 1:
-        yield (k, v), steps[0]
+        yield 0, (k, v), steps[0]
         return
     if plan.halo is not None:
         halo, hop = _post_halo(k, v, context, plan.halo)
-        yield (k, v), steps[0]
+        yield 0, (k, v), steps[0]
         hop.wait()
-        yield halo.unbind(1), steps[1]
+        lanes.order(0, 1)
+        for turn, tile in enumerate(steps[1], start=1):
+            yield turn, halo.unbind(1), (tile,)
         return
     block = torch.stack((k, v))
     if context.methods.gathered:
         row = block.new_empty((2, context.layout.length, *block.shape[2:]))
         everyone = comm.Gather(_own_slots(block, context), _by_slot(row, context), context.mesh.ring.group)
-        yield block, steps[0]
+        yield 0, block, steps[0]
         everyone.wait()
-        yield row, steps[1]
+        lanes.order(0, 1)
+        for turn, tile in enumerate(steps[1], start=1):
+            yield turn, row, (tile,)
         return
     ring, reach, spare = context.mesh.ring, plan.reach, torch.empty_like(block)
     for step, tiles in enumerate(steps):
         here, coming = (ring.rank - step) % ring.size, (ring.rank - 1 - step) % ring.size
         sent = [(block, (ring.rank + 1) % ring.size)] if step < reach[here] else []
         received = [(spare, (ring.rank - 1) % ring.size)] if step < reach[coming] else []
-        hop = _post(sent, received, context, "key/value")
-        yield block, tiles
-        hop.wait()
+        lanes.order(step, step + 1)  # the block is here also for the other lane, whose last tile has read `spare`
+        with lanes.turn(step + 1):
+            hop = _post(sent, received, context, "key/value")
+        yield step, block, tiles
+        with lanes.turn(step + 1):
+            hop.wait()
         block, spare = spare, block
 
 
@@ -312,15 +327,6 @@ def _post(sent: Sends, received: Sends, context: SequenceContext, what: str) -> 
 def _slices(q: Tensor, block: Block, tile: Tile) -> tuple[Tensor, Tensor, Tensor]:
     k, v = block[0], block[1]
     return q[tile.q_start : tile.q_end], k[tile.k_start : tile.k_end], v[tile.k_start : tile.k_end]
-
-
-def _add(dkv: Tensor, tile: Tile, part: Block) -> None:
-    keys = slice(tile.k_start, tile.k_end)
-    if isinstance(part, Tensor):
-        dkv[:, keys] += part
-    else:
-        dkv[0, keys] += part[0]
-        dkv[1, keys] += part[1]
 
 
 def _own_slots(block: Tensor, context: SequenceContext) -> list[Tensor]:

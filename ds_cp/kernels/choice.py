@@ -10,12 +10,13 @@ time that cuDNN would have saved has reached the price of the plan (the ski-rent
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
 from ds_cp.kernels import attention
-from ds_cp.kernels.attention import Accumulator, Kernel, Score
+from ds_cp.kernels.attention import Kernel, Score
+from ds_cp.kernels.sums import Sums
 from ds_cp.tiles import Tile
 
 PLAN_SECONDS = 0.058
@@ -64,21 +65,21 @@ class Auto:
         kernel = self.choose(q_TNH, k_SMH, v_SMH, tile, score, 1)
         return kernel.backward(dout_TNH, q_TNH, k_SMH, v_SMH, out_TNH, lse_TN, tile, score)
 
-    def accumulate(
+    def sums(
         self,
         dout_TNH: Tensor,
         q_TNH: Tensor,
-        k_SMH: Tensor,
-        v_SMH: Tensor,
         out_TNH: Tensor,
         lse_TN: Tensor,
-        tile: Tile,
+        kv_heads: int,
+        tiles: Sequence[Tile],
         score: Score,
-    ) -> Accumulator | None:
-        accumulate = getattr(self.large, "accumulate", None) if tile.window is None else None
-        if self.large.unsupported(q_TNH, k_SMH, v_SMH, tile, score) is not None:
+    ) -> Sums | None:
+        own = getattr(self.large, "sums", None)
+        kv_TMH = q_TNH[:, :kv_heads]  # of the shape and kind that the ring has them in
+        if own is None or self.large.unsupported(q_TNH, kv_TMH, kv_TMH, tiles[0], score) is not None:
             return None
-        return accumulate(dout_TNH, q_TNH, k_SMH, v_SMH, out_TNH, lse_TN, tile, score) if accumulate else None
+        return own(dout_TNH, q_TNH, out_TNH, lse_TN, kv_heads, tiles, score, others=self.backward)
 
     def choose(self, q: Tensor, k: Tensor, v: Tensor, tile: Tile, score: Score, direction: int) -> Kernel:
         """The kernel of one call; direction 0 is forward, 1 backward."""
@@ -129,6 +130,12 @@ def resolve(name: str, device: str, capability: int | None) -> Kernel:
     if flash is not None and flash.VERSION > 2:
         return Auto(flash, plain, plans=False)
     return Auto(attention.load("torch_cudnn"), plain, plans=True) if capability == 9 else plain
+
+
+def identity(kernel: Kernel) -> str:
+    """What all ranks must have alike: the kernel, and the form of the sums that travel from rank to rank."""
+    form = getattr(getattr(kernel, "large", kernel), "SUMS", None)
+    return describe(kernel) if form is None else f"{describe(kernel)}, with the sums of {form}"
 
 
 def describe(kernel: Kernel) -> str:

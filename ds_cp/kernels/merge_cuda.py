@@ -1,4 +1,9 @@
-"""`merge_` and `total` as one Triton kernel each. A program has 16 tokens of one head; their rows of H elements are contiguous."""
+"""`merge_` and `total` as one Triton kernel each. A program has 16 tokens of one head; their rows of H elements are contiguous.
+
+What differs from block to block goes to the kernels in tuples. Triton compiles anew for integers in a tuple that are 1 or divide
+by 16; `_plain` keeps all of them from being either, so that rows with other documents find the kernel compiled. For the same
+reason there are three numbers of blocks; those that are not there have no tokens.
+"""
 
 from __future__ import annotations
 
@@ -10,24 +15,62 @@ import triton.language as tl
 from torch import Tensor
 
 TOKENS = 16
+COUNTS = (1, 3, 7)
 
 
-def merge_fused_(out_TNH: Tensor, lse_TN: Tensor, blocks: Sequence[tuple[Tensor, Tensor]], into_TNH: Tensor) -> None:
+def merge_fused_(out_TNH: Tensor, lse_TN: Tensor, blocks: Sequence[tuple[int, Tensor, Tensor]], into_TNH: Tensor) -> None:
+    """Blocks are (first query, out_TNH, lse_TN)."""
     tokens, heads, size = out_TNH.shape
     if not tokens:
         return
-    (a_out, a_lse), (b_out, b_lse) = blocks[0], blocks[-1]
-    tensors = (lse_TN, out_TNH, into_TNH, a_out, a_lse, b_out, b_lse)
-    assert all(x.ndim == 2 or x.stride(2) == 1 for x in tensors)
+    outs, lses = [out for _, out, _ in blocks], [lse for _, _, lse in blocks]
+    assert all(x.stride(2) == 1 for x in (out_TNH, into_TNH, *outs))
+    spans = [_plain(start, start + len(lse), *lse.stride()) for start, _, lse in blocks]
     _merge[(triton.cdiv(tokens, TOKENS), heads)](
-        *tensors,
+        lse_TN,
+        out_TNH,
+        into_TNH,
+        *_filled(outs, lses, [out.stride()[:2] for out in outs], spans),
         tokens,
-        *(stride for x in tensors for stride in x.stride()[:2]),
-        TWO=len(blocks) == 2,
+        *lse_TN.stride(),
+        *out_TNH.stride()[:2],
+        *into_TNH.stride()[:2],
         H=size,
         BLOCK_H=triton.next_power_of_2(size),
         BLOCK_T=TOKENS,
     )
+
+
+def total_fused(base_TNH: Tensor, parts: Sequence[tuple[int, Tensor]], dtype: torch.dtype) -> Tensor:
+    tokens, heads, size = base_TNH.shape
+    out = torch.empty(base_TNH.shape, dtype=dtype, device=base_TNH.device)
+    tensors = [part for _, part in parts]
+    assert all(x.stride(2) == 1 for x in (base_TNH, *tensors))
+    spans = [_plain(start, start + len(part)) for start, part in parts]
+    _total[(triton.cdiv(tokens, TOKENS), heads)](
+        base_TNH,
+        out,
+        *_filled(tensors, [x.stride()[:2] for x in tensors], spans),
+        tokens,
+        *base_TNH.stride()[:2],
+        *out.stride()[:2],
+        H=size,
+        BLOCK_H=triton.next_power_of_2(size),
+        BLOCK_T=TOKENS,
+    )
+    return out
+
+
+def _plain(*numbers: int) -> tuple[int, ...]:
+    return tuple(32 * n + 2 for n in numbers)
+
+
+def _filled(*of_blocks: list) -> list[tuple]:
+    """Each list as a tuple, filled up to one of COUNTS; the last list holds the spans."""
+    *others, spans = of_blocks
+    missing = min(count for count in COUNTS if count >= len(spans)) - len(spans)
+    nothing = _plain(0, 0, *[1] * (len(spans[0]) - 2))
+    return [*(tuple(x + x[:1] * missing) for x in others), tuple(spans + [nothing] * missing)]
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -35,10 +78,10 @@ def _merge(
     lse,
     out,
     into,
-    a_out,
-    a_lse,
-    b_out,
-    b_lse,
+    outs,
+    lses,
+    strides,
+    spans,
     tokens,
     lse_t,
     lse_n,
@@ -46,15 +89,6 @@ def _merge(
     out_n,
     into_t,
     into_n,
-    a_out_t,
-    a_out_n,
-    a_lse_t,
-    a_lse_n,
-    b_out_t,
-    b_out_n,
-    b_lse_t,
-    b_lse_n,
-    TWO: tl.constexpr,
     H: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -63,71 +97,40 @@ def _merge(
     t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     inside = t < tokens
     mine = tl.load(lse + t * lse_t + n * lse_n, inside, other=0.0)
-    a = tl.load(a_lse + t * a_lse_t + n * a_lse_n, inside, other=0.0)
-    high = tl.maximum(mine, a)
-    if TWO:
-        b = tl.load(b_lse + t * b_lse_t + n * b_lse_n, inside, other=0.0)
-        high = tl.maximum(high, b)
-    weight, weight_a = tl.exp(mine - high), tl.exp(a - high)  # 0 where a block's lse is -inf
-    total = weight + weight_a
-    if TWO:
-        weight_b = tl.exp(b - high)
-        total += weight_b
+    high = mine
+    for i in tl.static_range(len(spans)):
+        here = (t >= spans[i][0] // 32) & (t < spans[i][1] // 32)
+        at = (t - spans[i][0] // 32) * (spans[i][2] // 32) + n * (spans[i][3] // 32)
+        high = tl.maximum(high, tl.load(lses[i] + at, here, other=float("-inf")))
 
     h = tl.arange(0, BLOCK_H)[None, :]
-    both = inside[:, None] & (h < H)
-    x = tl.load(out + (t * out_t + n * out_n)[:, None] + h, both, other=0.0).to(tl.float32) * weight[:, None]
-    x += tl.load(a_out + (t * a_out_t + n * a_out_n)[:, None] + h, both, other=0.0).to(tl.float32) * weight_a[:, None]
-    if TWO:
-        x += tl.load(b_out + (t * b_out_t + n * b_out_n)[:, None] + h, both, other=0.0).to(tl.float32) * weight_b[:, None]
+    total = tl.exp(mine - high)
+    x = tl.load(out + (t * out_t + n * out_n)[:, None] + h, inside[:, None] & (h < H), other=0.0).to(tl.float32) * total[:, None]
+    for i in tl.static_range(len(spans)):
+        here = (t >= spans[i][0] // 32) & (t < spans[i][1] // 32)
+        at = (t - spans[i][0] // 32) * (spans[i][2] // 32) + n * (spans[i][3] // 32)
+        weight = tl.exp(tl.load(lses[i] + at, here, other=float("-inf")) - high)  # 0 where a block's lse is -inf
+        at = (t - spans[i][0] // 32) * strides[i][0] + n * strides[i][1]
+        x += tl.load(outs[i] + at[:, None] + h, here[:, None] & (h < H), other=0.0).to(tl.float32) * weight[:, None]
+        total += weight
     # In place: several threads read the same lse, and no store may come before the last of them has.
     tl.debug_barrier()
     tl.store(lse + t * lse_t + n * lse_n, high + tl.log(total), inside)
-    tl.store(into + (t * into_t + n * into_n)[:, None] + h, x / total[:, None], both)
+    tl.store(into + (t * into_t + n * into_n)[:, None] + h, x / total[:, None], inside[:, None] & (h < H))
 
 
-def total_fused(base_TNH: Tensor, parts: Sequence[tuple[int, Tensor]], dtype: torch.dtype) -> Tensor:
-    tokens, heads, size = base_TNH.shape
-    out = torch.empty(base_TNH.shape, dtype=dtype, device=base_TNH.device)
-    (a_start, a), (b_start, b) = parts[0], parts[-1]
-    tensors = (base_TNH, a, b, out)
-    assert all(x.stride(2) == 1 for x in tensors)
-    _total[(triton.cdiv(tokens, TOKENS), heads)](
-        *tensors,
-        tokens,
-        a_start,
-        a_start + len(a),
-        b_start,
-        b_start + len(b),
-        *(stride for x in tensors for stride in x.stride()[:2]),
-        TWO=len(parts) == 2,
-        H=size,
-        BLOCK_H=triton.next_power_of_2(size),
-        BLOCK_T=TOKENS,
-    )
-    return out
-
-
-@triton.jit(do_not_specialize=["tokens", "a_start", "a_end", "b_start", "b_end"])
+@triton.jit(do_not_specialize=["tokens"])
 def _total(
     base,
-    a,
-    b,
     out,
+    parts,
+    strides,
+    spans,
     tokens,
-    a_start,
-    a_end,
-    b_start,
-    b_end,
     base_t,
     base_n,
-    a_t,
-    a_n,
-    b_t,
-    b_n,
     out_t,
     out_n,
-    TWO: tl.constexpr,
     H: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -136,9 +139,8 @@ def _total(
     t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     h = tl.arange(0, BLOCK_H)[None, :]
     x = tl.load(base + (t * base_t + n * base_n)[:, None] + h, (t < tokens)[:, None] & (h < H), other=0.0).to(tl.float32)
-    here = (t >= a_start) & (t < a_end)
-    x += tl.load(a + ((t - a_start) * a_t + n * a_n)[:, None] + h, here[:, None] & (h < H), other=0.0).to(tl.float32)
-    if TWO:
-        here = (t >= b_start) & (t < b_end)
-        x += tl.load(b + ((t - b_start) * b_t + n * b_n)[:, None] + h, here[:, None] & (h < H), other=0.0).to(tl.float32)
+    for i in tl.static_range(len(spans)):
+        here = (t >= spans[i][0] // 32) & (t < spans[i][1] // 32)
+        at = (t - spans[i][0] // 32) * strides[i][0] + n * strides[i][1]
+        x += tl.load(parts[i] + at[:, None] + h, here[:, None] & (h < H), other=0.0).to(tl.float32)
     tl.store(out + (t * out_t + n * out_n)[:, None] + h, x, (t < tokens)[:, None] & (h < H))

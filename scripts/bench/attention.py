@@ -162,7 +162,8 @@ def speed(book: Book, args: argparse.Namespace) -> None:
         base: dict[str, Row] = {}
         for name in single:
             head: Row = {"tokens": tokens, "ring": 1, "kernel": name, "contender": "whole row"}
-            base[large_kernel(name, args)] = book.row("speed", head, whole_row, args, name, [0, tokens])
+            if args.whole_row:
+                base[large_kernel(name, args)] = book.row("speed", head, whole_row, args, name, [0, tokens])
         for size in args.ring:
             head = {"tokens": tokens, "ring": size}
             middle = [] if args.quick else [size // 2]
@@ -173,7 +174,7 @@ def speed(book: Book, args: argparse.Namespace) -> None:
                 peers.append(book.row("speed", row, slowest, args, peer, args.peer_kernel, places, [0, tokens], {}, []))
             for name, impl in itertools.product(args.kernels, args.impls):
                 row = head | {"kernel": name, "contender": f"ring {impl}"}
-                whole = base[large_kernel(name, args)]
+                whole = base.get(large_kernel(name, args), {})
                 book.row("speed", row, slowest, args, row["contender"], name, places, [0, tokens], whole, peers)
 
 
@@ -314,6 +315,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", choices=list(KERNELS), default="cuda")
     parser.add_argument("--kernels", nargs="+", help="all that are installed")
     parser.add_argument("--impls", choices=("p2p", "allgather"), nargs="+", default=["p2p", "allgather"])
+    parser.add_argument(
+        "--whole-row", action=argparse.BooleanOptionalAction, default=True, help="speed: time it, for the efficiency"
+    )
+    parser.add_argument("--lanes", action=argparse.BooleanOptionalAction, default=True, help="ring steps on two streams")
     parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--peer-kernel", help="torch_flash; on CPU torch_cpu")
     parser.add_argument("--lengths", type=int, nargs="+", help="speed: tokens of the row (32768 131072 262144)")

@@ -11,8 +11,8 @@ row of world * local tokens. Each contender has a process of its own: one that r
 The fake group writes nothing, and fresh buffers may hold NaN or zeros, with which a GPU is faster than with numbers. So receive
 buffers are filled with what this rank sends: everything stays finite, though it is not a training run (a loss that is summed
 over ranks is this rank's share). Those copies are a part of their own in the tables; ZeRO's run on streams of their own.
-Left out: ds_cp.initialize's measurement, which needs a network, and ALST's loader; a kernel's own sum of dq over a ring's tiles,
-which the marked kernel does not offer, so a ring is a little faster than this. ds_cp cuts the row in the step.
+Left out: ds_cp.initialize's measurement, which needs a network, and ALST's loader; a kernel's own sums over a ring's tiles, which
+the marked kernel does not offer, and the ring's second stream, so a ring is faster than this. ds_cp cuts the row in the step.
 
     seconds          between the ends of successive steps (CUDA events; the host's clock on CPU): median of --steps
     peak_gib         torch.cuda.max_memory_allocated over those steps; state is what is allocated after initialisation
@@ -240,7 +240,7 @@ def build_ours(model: Any, row: dict[str, Tensor], case: Case, timeline: Timelin
     kernel = handle.methods.attention
     marked = {name: timeline.part(KERNELS, getattr(kernel, name)) for name in ("forward", "backward")}
     marked_kernel = SimpleNamespace(__name__=kernel.__name__, unsupported=kernel.unsupported, **marked)
-    handle.methods = replace(handle.methods, attention=marked_kernel)
+    handle.methods = replace(handle.methods, attention=marked_kernel, beside=None)
     return engine_, lambda: engine_(**row).loss
 
 

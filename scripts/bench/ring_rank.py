@@ -144,7 +144,7 @@ def ring_context(args: argparse.Namespace, kernel: Kernel, documents: Sequence[i
     plan = (tiles.plan_gathered if gathered else tiles.plan)(layout, axis.rank, documents)
     (own,), *rest = plan.steps
     plan = replace(plan, steps=((on_device(args, own),), *rest))
-    methods = SimpleNamespace(attention=kernel, gathered=gathered)
+    methods = SimpleNamespace(attention=kernel, gathered=gathered, beside=axis.group.beside if args.lanes else None)
     return SimpleNamespace(methods=methods, plans={None: plan}, layout=layout, mesh=SimpleNamespace(ring=axis))
 
 

@@ -31,6 +31,8 @@ Sends = Sequence[tuple[Tensor, int]]
 class Group(Protocol):
     """A posted operation is returned as the function that waits for it."""
 
+    beside: torch.cuda.Stream | None
+
     def hop(self, sent: Sends, received: Sends, what: str) -> list[Wait]: ...
     def gather(self, x: Tensor, received: Tensor) -> Wait: ...
     def reduce_scatter(self, x: Tensor) -> Tensor: ...
@@ -73,7 +75,7 @@ class Wire:
     """A `Group` of one rank that hears its own voice."""
 
     def __init__(self, device: str) -> None:
-        self._stream = torch.cuda.Stream() if device == "cuda" else None
+        self._stream, self.beside = (torch.cuda.Stream(), torch.cuda.Stream()) if device == "cuda" else (None, None)
 
     def hop(self, sent: Sends, received: Sends, what: str) -> list[Wait]:
         """What comes in is a copy of what goes out; where nothing does, of itself."""
@@ -101,12 +103,27 @@ class Wire:
         return wait
 
 
+class Parcel:
+    """A copy of a tensor, for another thread, whose current stream may be another."""
+
+    def __init__(self, x: Tensor) -> None:
+        self._x = x.clone()
+        self._ready = torch.cuda.current_stream().record_event() if x.is_cuda else None
+
+    def opened(self) -> Tensor:
+        if self._ready is not None:
+            torch.cuda.current_stream().wait_event(self._ready)
+            self._x.record_stream(torch.cuda.current_stream())
+        return self._x
+
+
 class Lockstep:
     """The ranks of one ring. The queues are by receiver, sender and purpose."""
 
     def __init__(self, size: int) -> None:
         self.size, self.turn = size, Lock()
-        self.queues: dict[tuple[int, int, str], queue.Queue[Tensor]] = defaultdict(queue.Queue)
+        self.queues: dict[tuple[int, int, str], queue.Queue[Parcel]] = defaultdict(queue.Queue)
+        self.beside = torch.cuda.Stream() if torch.cuda.is_available() else None
         self.failure: BaseException | None = None
 
     def run(self, one: Callable[[int, Seat], Result]) -> list[Result]:
@@ -130,7 +147,7 @@ class Seat:
     """A `Group` as one rank of a `Lockstep` sees it."""
 
     def __init__(self, ring: Lockstep, rank: int) -> None:
-        self._ring, self._rank = ring, rank
+        self._ring, self._rank, self.beside = ring, rank, ring.beside
 
     def hop(self, sent: Sends, received: Sends, what: str) -> list[Wait]:
         for x, peer in sent:
@@ -148,7 +165,7 @@ class Seat:
         return torch.stack([self._take(sender, "scatter") for sender in range(len(x))]).sum(0)
 
     def _put(self, receiver: int, what: str, x: Tensor) -> None:
-        self._ring.queues[receiver, self._rank, what].put(x.clone())
+        self._ring.queues[receiver, self._rank, what].put(Parcel(x))
 
     def _take(self, sender: int, what: str) -> Tensor:
         arriving = self._ring.queues[self._rank, sender, what]
@@ -156,7 +173,7 @@ class Seat:
         try:
             while self._ring.failure is None:
                 try:
-                    return arriving.get(timeout=POLL_SECONDS)
+                    return arriving.get(timeout=POLL_SECONDS).opened()
                 except queue.Empty:
                     continue
             raise RuntimeError("another rank failed")

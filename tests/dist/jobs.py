@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ds_cp
 from ds_cp import batch as batches
-from ds_cp import factor, mesh, selftest
+from ds_cp import factor, mesh, preflight, selftest
 from ds_cp.attention import attend
 from ds_cp.batch import IGNORE, count_targets
 from ds_cp.kernels import attention as kernels
@@ -461,3 +461,9 @@ def _attention_inputs(
     tokens = length // (ulysses * ring)
     shapes = [(1, tokens, heads, 16) for heads in (8, kv_heads, kv_heads)]
     return axes, context, [torch.randn(shape).transpose(1, 2).requires_grad_() for shape in shapes]
+
+
+def disagree() -> None:
+    """Two ranks with the same kernel, then with two."""
+    preflight.check_agreement("sequence_parallel.attention_kernel", "kernel")
+    preflight.check_agreement("sequence_parallel.attention_kernel", f"kernel {torch.distributed.get_rank()}")

@@ -13,6 +13,8 @@ def test_hops_are_posted_before_the_compute_of_their_step(pool, ring: int) -> No
     for rank, found in enumerate(pool(ring).run(jobs.trace_of_a_ring, ulysses=1, ring=ring)):
         forward = ["hop", "forward"] * (ring - 1) + ["forward"]
         backward = ["hop", "backward", "hop"] * (ring - 1) + ["backward", "hop"]
+        if ring == 2:  # the sum of the even steps, here the own one, is at home already
+            backward = ["hop", "backward", "backward", "hop"]
         assert found == forward + backward, rank
 
 

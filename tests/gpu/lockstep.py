@@ -82,14 +82,19 @@ class LocalHop:
     def __init__(self, sent: Sends, received: Sends, group: LocalRing, ranks: Sequence[int], rank: int, what: str) -> None:
         for x, peer in sent:
             assert x.is_contiguous()
-            group.queues[rank, peer, what].put(x.clone())
+            copy = x.clone()
+            ready = torch.cuda.current_stream().record_event() if x.is_cuda else None
+            group.queues[rank, peer, what].put((copy, ready))
         self._received = [(x, group.queues[peer, rank, what]) for x, peer in received]
         self._group = group
 
     def wait(self) -> None:
         for x, arriving in self._received:
             with self._group.others():
-                theirs = arriving.get(timeout=TIMEOUT_S)
+                theirs, ready = arriving.get(timeout=TIMEOUT_S)
+            if ready is not None:  # it was made on another stream
+                torch.cuda.current_stream().wait_event(ready)
+                theirs.record_stream(torch.cuda.current_stream())
             x.copy_(theirs)
 
 
@@ -107,6 +112,7 @@ def ring(
     plan: layout.Layout | None = None,
     window: int | None = None,
     sink: Tensor | None = None,
+    beside: Any = None,
 ) -> dict[str, Tensor]:
     """out, dq, dk, dv of the whole row, [S, heads, H], computed by `size` ring ranks, on zigzag chunks if no layout is given."""
     monkeypatch.setattr(comm, "Hop", LocalHop)
@@ -125,7 +131,7 @@ def ring(
             found = (tiles.plan_gathered if gathered else tiles.plan)(plan, rank, documents)
         else:
             found = tiles.plan_window(plan, rank, documents, window)
-        methods = SimpleNamespace(attention=kernel, gathered=gathered)
+        methods = SimpleNamespace(attention=kernel, gathered=gathered, beside=beside)
         context = SimpleNamespace(methods=methods, layout=plan, mesh=mesh)
         with group.turn:
             out = RingAttention.forward(ctx, *(x[index[rank]] for x in (q, k, v)), sink, context, found, score)

@@ -31,23 +31,27 @@ IMPORTS = _table(
         "balance": "",
         "layout": "balance",
         "comm": "",
+        "lanes": "",
         "factor": "",
         "preflight": "",
         "tiles": "layout balance",
         "mesh": "topology",
         "kernels": "",
-        "kernels.attention": "tiles kernels.flash4_hopper",
-        "kernels.flash4_hopper": "",
+        "kernels.attention": "tiles kernels.flash4_hopper kernels.sums",
+        "kernels.flash4_hopper": "tiles kernels.blocked kernels.sums",
+        "kernels.sums": "tiles kernels.merge",
+        "kernels.blocked": "kernels.blocked_cuda",
+        "kernels.blocked_cuda": "",
         "kernels.delta": "tiles kernels.affine",
         "kernels.affine": "",
         "kernels.merge": "kernels.merge_cuda",
         "kernels.merge_cuda": "",
-        "kernels.choice": "tiles kernels.attention",
+        "kernels.choice": "tiles kernels.attention kernels.sums",
         "reshard": "layout comm",
         "placement": "layout mesh comm kernels.delta",
         "batch": "layout tiles mesh",
         "packing": "batch",
-        "ring": "tiles comm batch",
+        "ring": "tiles comm batch lanes",
         "attention": "ring tiles comm batch",
         "delta": "comm batch",
         "tiled_head": "batch",
@@ -71,7 +75,7 @@ BEYOND = _table(
         "attention": "topology reshard layout kernels.attention",  # the head split; tokens not held in its order; Score
         "batch": "placement",  # what ranks hold
         "delta": "topology reshard mesh",  # the head split; moving heads; the axis that shares them
-        "ring": "kernels.merge kernels.attention",  # merging; the type of what sums dq
+        "ring": "kernels.merge kernels.sums kernels.attention",  # merging; what sums gradients; Score
         "loss": "batch tiled_head",  # SequenceContext and IGNORE; what a token's loss is made of
         "models": "comm mesh tiled_head token_values kernels.delta kernels.attention",  # same-row check; head; shapes; Score
         "engine": "token_values",  # the public function
@@ -88,7 +92,7 @@ OUTSIDE = _table(
         "flash_attn": "kernels.attention kernels.flash4_hopper",
         "cutlass": "kernels.flash4_hopper",
         "fla": "kernels kernels.attention kernels.delta",
-        "triton": "kernels.merge_cuda kernels.delta",
+        "triton": "kernels.merge_cuda kernels.blocked_cuda kernels.delta",
     }
 )
 """Other packages, and the only components that may import them."""

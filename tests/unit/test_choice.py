@@ -54,12 +54,12 @@ def test_large_tiles_go_to_flash_attn_and_what_it_refuses_does_not(direction: in
 
 
 @pytest.mark.parametrize(("reason", "wanted"), [(None, "sums"), ("its dq is wrong", None)])
-def test_dq_is_not_summed_by_a_kernel_that_refuses_the_heads(reason: str | None, wanted: str | None) -> None:
+def test_gradients_are_not_summed_by_a_kernel_that_refuses_the_heads(reason: str | None, wanted: str | None) -> None:
     kernel = large(reason=reason)
-    kernel.accumulate = lambda *_: "sums"
-    q, k, v, tile = rectangle(8192, 8192)
-    given = q, q, k, v, q, q[..., 0], tile, SCORE
-    assert choice.Auto(kernel, PLAIN, plans=False).accumulate(*given) == wanted
+    kernel.sums = lambda *_, others: "sums"
+    q, k, _, tile = rectangle(8192, 8192)
+    given = q, q, q, q[..., 0], k.shape[1], [tile], SCORE
+    assert choice.Auto(kernel, PLAIN, plans=False).sums(*given) == wanted
 
 
 def test_a_shape_earns_its_plan_by_the_time_it_would_have_saved() -> None:
@@ -99,6 +99,14 @@ def test_on_cpu_auto_is_torch_cpu_and_cuda_kernels_are_refused() -> None:
             choice.resolve(name, "cpu", None)
     with pytest.raises(ValueError, match="'torch_cpu' does not run on cuda"):
         choice.resolve("torch_cpu", "cuda", 9)
+
+
+def test_ranks_differ_where_the_form_of_their_sums_does() -> None:
+    kernel = large()
+    plain = choice.identity(choice.Auto(kernel, PLAIN, plans=False))
+    kernel.SUMS = "flash-attn 4.5"
+    assert choice.identity(choice.Auto(kernel, PLAIN, plans=False)) == f"{plain}, with the sums of flash-attn 4.5"
+    assert choice.identity(torch_cpu) == "torch_cpu"
 
 
 def test_the_choice_is_described_in_one_phrase() -> None:

@@ -410,7 +410,7 @@ def in_blocks(
         if tile.causal:
             out[part], lse[part] = block
         else:
-            merge_(out[part], lse[part], [block])
+            merge_(out, lse, [(tile.q_start, *block)])
     grads = [torch.zeros_like(x) for x in (q, k, v)]
     for tile, (part, keys) in zip(all_tiles, slices, strict=True):
         shares = kernel.backward(dout[part], q[part], k[keys], v[keys], out[part], lse[part], tile, SCORE)
@@ -422,7 +422,7 @@ def in_blocks(
 def test_merging_is_in_place_and_touches_only_the_slice_it_is_given() -> None:
     out, lse, block = random(6, 2, 4), random(6, 2, seed=1), random(3, 2, 4, seed=2)
     before = out.clone(), lse.clone()
-    merge_(out[1:4], lse[1:4], [(block, random(3, 2, seed=3))])
+    merge_(out, lse, [(1, block, random(3, 2, seed=3))])
     for x, old in zip((out, lse), before, strict=True):
         assert torch.equal(x[0], old[0])
         assert torch.equal(x[4:], old[4:])
@@ -435,7 +435,7 @@ def test_merging_is_exact_where_one_side_has_no_weight(dtype: torch.dtype) -> No
         out, block = random(3, 2, 4, dtype=dtype), random(3, 2, 4, dtype=dtype, seed=1)
         wanted = (out.clone(), block.clone())[winner]
         lse = torch.full((3, 2), mine, dtype=dtype)
-        merge_(out, lse, [(block, torch.full((3, 2), theirs, dtype=dtype))])
+        merge_(out, lse, [(0, block, torch.full((3, 2), theirs, dtype=dtype))])
         assert torch.equal(out, wanted)
         assert torch.equal(lse, torch.full((3, 2), max(mine, theirs), dtype=dtype))
 
@@ -445,7 +445,7 @@ def test_merging_a_bf16_block_accumulates_in_the_running_precision() -> None:
     lse, block_lse = random(5, 2, dtype=torch.float32, seed=2), random(5, 2, dtype=torch.float32, seed=3)
     weights = torch.stack((lse, block_lse)).double().softmax(0).unsqueeze(-1)
     wanted = {"out": weights[0] * out + weights[1] * block.double(), "lse": torch.logaddexp(lse.double(), block_lse.double())}
-    merge_(out, lse, [(block, block_lse)])
+    merge_(out, lse, [(0, block, block_lse)])
     assert (out.dtype, lse.dtype) == (torch.float32, torch.float32)
     assert_close({"out": out, "lse": lse}, wanted, 1e-6)
 
@@ -456,7 +456,7 @@ def test_several_blocks_at_once_from_a_low_precision_running_result() -> None:
     weights = torch.stack(lses).double().softmax(0).unsqueeze(-1)
     wanted = {"out": (weights * torch.stack(outs).double()).sum(0), "lse": torch.stack(lses).double().logsumexp(0)}
     before, into = outs[0].clone(), torch.empty(5, 2, 4)
-    merge_(outs[0], lses[0], list(zip(outs[1:], lses[1:], strict=True)), into)
+    merge_(outs[0], lses[0], [(0, *block) for block in zip(outs[1:], lses[1:], strict=True)], into)
     assert torch.equal(outs[0], before)
     assert_close({"out": into, "lse": lses[0]}, wanted, 1e-6)
 

@@ -30,8 +30,9 @@ class Score:
 class Kernel(Protocol):
     """What a kernel module offers. It gets slices, so of the tile it reads only its documents and lengths.
 
-    One that sums dq over tiles itself also has `accumulate`, with the arguments of `backward`, which gives an `Accumulator` for all
-    rectangles of these queries, or None where it cannot.
+    One that sums gradients over tiles itself also has `sums(dout_TNH, q_TNH, out_TNH, lse_TN, kv_heads, tiles, score)`, with the
+    merged out and lse and all tiles of a rank, which gives a
+    `kernels.sums.Sums`, or None where it cannot: on every rank of a ring the same.
     """
 
     @staticmethod
@@ -54,19 +55,6 @@ class Kernel(Protocol):
         score: Score,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(dq, dk, dv) of this tile, given the merged out and lse of the whole row of scores."""
-
-
-class Accumulator(Protocol):
-    """The backward of several rectangles that share their queries, where a kernel can sum dq itself."""
-
-    def takes(self, k_SMH: Tensor) -> bool:
-        """Whether `backward` can be called with these keys; if not, the kernel's own backward computes the tile."""
-
-    def backward(self, k_SMH: Tensor, v_SMH: Tensor) -> Tensor:
-        """(dk, dv) of one rectangle, [2, S, M, H]."""
-
-    def dq(self) -> Tensor:
-        """The sum over all of them; once, at the end."""
 
 
 def cuda_half_reason(q_TNH: Tensor, k_SMH: Tensor, v_SMH: Tensor) -> str | None:

@@ -12,13 +12,15 @@ torch.use_deterministic_algorithms the kernels' deterministic backward is used. 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from ds_cp.kernels.attention import Accumulator, Score, cuda_half_reason
-from ds_cp.kernels.flash4_hopper import FEWEST_TOKENS, Launcher, Queries
+from ds_cp.kernels.attention import Score, cuda_half_reason
+from ds_cp.kernels.flash4_hopper import FEWEST_TOKENS, HopperSums, Launcher
+from ds_cp.kernels.sums import Backward, Sums
 from ds_cp.tiles import Tile
 
 
@@ -151,8 +153,10 @@ def _newest() -> Version:
 
 
 def _launcher() -> Launcher | None:
+    if VERSION != 4 or any(torch.cuda.get_device_capability(device)[0] != 9 for device in range(torch.cuda.device_count())):
+        return None
     try:
-        return Launcher() if VERSION == 4 else None
+        return Launcher()
     except ImportError:  # a version that it was not tried with: the front end computes the same, somewhat slower
         return None
 
@@ -160,6 +164,8 @@ def _launcher() -> Launcher | None:
 _version = _newest()
 VERSION = _version.NUMBER
 _hopper = _launcher()
+SUMS = None if _hopper is None else f"flash-attn {_hopper.version} on Hopper"
+"""Whose form (dk, dv) have while they travel; None for the plain one."""
 
 
 def unsupported(q_TNH: Tensor, k_SMH: Tensor, v_SMH: Tensor, tile: Tile, score: Score) -> str | None:
@@ -206,26 +212,21 @@ def backward(
     return dq.flatten(0, 1), dk.flatten(0, 1), dv.flatten(0, 1)
 
 
-def accumulate(
+def sums(
     dout_TNH: Tensor,
     q_TNH: Tensor,
-    k_SMH: Tensor,
-    v_SMH: Tensor,
     out_TNH: Tensor,
     lse_TN: Tensor,
-    tile: Tile,
+    kv_heads: int,
+    tiles: Sequence[Tile],
     score: Score,
-) -> Accumulator | None:
-    """None where flash4_hopper does not go."""
-    if (
-        tile.causal
-        or tile.window is not None
-        or score.softcap is not None
-        or not _launchable(q_TNH.unsqueeze(0), q_TNH.unsqueeze(0))
-        or torch.are_deterministic_algorithms_enabled()
-    ):
+    others: Backward | None = None,
+) -> Sums | None:
+    """None where flash4_hopper does not go. `others` computes the tiles that it does not take; by default `backward`."""
+    usable = score.softcap is None and _launchable(q_TNH.unsqueeze(0), q_TNH.unsqueeze(0))
+    if not usable or torch.are_deterministic_algorithms_enabled():
         return None
-    return Queries(_hopper, dout_TNH, q_TNH, out_TNH, lse_TN, score.scale)
+    return HopperSums(_hopper, others or backward, dout_TNH, q_TNH, out_TNH, lse_TN, kv_heads, tiles, score)
 
 
 def launched(tile: Tile) -> bool:
@@ -234,9 +235,7 @@ def launched(tile: Tile) -> bool:
 
 
 def _launchable(q_BTNH: Tensor, k_BSMH: Tensor) -> bool:
-    if _hopper is None or min(q_BTNH.shape[1], k_BSMH.shape[1]) < FEWEST_TOKENS or q_BTNH.stride(-1) != 1:
-        return False
-    return torch.cuda.get_device_capability(q_BTNH.device)[0] == 9
+    return _hopper is not None and min(q_BTNH.shape[1], k_BSMH.shape[1]) >= FEWEST_TOKENS and q_BTNH.stride(-1) == 1
 
 
 def _documents(q: Tensor, tile: Tile) -> tuple[Tensor | None, int]:
@@ -267,7 +266,9 @@ def _batched(tile: Tile, cum: Tensor | None, *tensors: Tensor) -> tuple[Tensor, 
     """[T, N, H] for a varlen call, [B, T, N, H] for a dense one."""
     if cum is not None:
         return tensors
-    return tuple(x.unflatten(0, (1 if tile.documents is None else len(tile.documents) - 1, -1)) for x in tensors)
+    if tile.documents is None or len(tile.documents) == 2:
+        return tuple(x.unsqueeze(0) for x in tensors)
+    return tuple(x.unflatten(0, (len(tile.documents) - 1, -1)) for x in tensors)
 
 
 def _flat_lse(lse_BNT: Tensor) -> Tensor:
