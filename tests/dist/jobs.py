@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ds_cp
 from ds_cp import batch as batches
-from ds_cp import factor, mesh, preflight, selftest
+from ds_cp import comm, factor, mesh, preflight, selftest
 from ds_cp.attention import attend
 from ds_cp.batch import IGNORE, count_targets
 from ds_cp.kernels import attention as kernels
@@ -423,6 +423,37 @@ def traffic(ulysses: int, kv_heads: int) -> dict[str, Any]:
         torch.autograd.grad(out, tensors, dout)  # not into .grad, which copies
     mesh.destroy(axes)
     return {"exchanged": (there.exchanged, back.exchanged), "copied": (sum(there.copied), sum(back.copied))}
+
+
+def sink_error(ulysses: int, ring: int, window: int | None) -> float:
+    """Worst relative error of out and of every gradient, fp64, against scores written out with a column for the sink."""
+    axes, context, _ = _attention_inputs(ulysses, ring, "torch_cpu", window=window)
+    generator = torch.Generator().manual_seed(3)
+    whole = [torch.randn(1, 64, heads, 8, generator=generator, dtype=torch.float64) for heads in (8, 4, 4, 8)]
+    sink = torch.randn(8, generator=generator, dtype=torch.float64)
+    spans = context.layout.local_ranges(axes.ring.rank, axes.ulysses.rank)
+    here = torch.cat([torch.arange(start, end) for start, end in spans])
+    local = [x[:, here].transpose(1, 2).clone().requires_grad_() for x in whole[:3]]
+    mine = sink.clone().requires_grad_()
+    out = attend(*local, context, Score(0.3), window, mine)
+    *grads, dsink = torch.autograd.grad(out, [*local, mine], whole[3][:, here])
+    found = [out.detach(), *(x.transpose(1, 2) for x in grads), comm.all_sum(dsink, axes.seq.group)]
+    wanted_out, *wanted, wanted_sink = _with_sink_written_out(whole, sink, window)
+    mesh.destroy(axes)
+    pairs = zip(found, [wanted_out[:, here], *(x[:, here] for x in wanted), wanted_sink], strict=True)
+    return max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
+
+
+def _with_sink_written_out(whole: list[torch.Tensor], sink: torch.Tensor, window: int | None) -> list[torch.Tensor]:
+    """out [1, T, N, H] and the gradients of q, k, v and the sink."""
+    leaves = [x.clone().requires_grad_() for x in (*whole[:3], sink)]
+    distance = torch.arange(64)[:, None] - torch.arange(64)[None, :]
+    mask = (distance >= 0) & (distance < (window or 64))
+    k, v = (x.repeat_interleave(2, 2) for x in leaves[1:3])
+    scores = (torch.einsum("btnh,bsnh->bnts", leaves[0], k) * 0.3).masked_fill(~mask, -torch.inf)
+    column = leaves[3][None, :, None, None].expand(1, -1, 64, 1)
+    out = torch.einsum("bnts,bsnh->btnh", torch.cat((scores, column), -1).softmax(-1)[..., :-1], v)
+    return [out.detach(), *torch.autograd.grad(out, leaves, whole[3])]
 
 
 class Sent(TorchDispatchMode):

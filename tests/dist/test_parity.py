@@ -58,6 +58,13 @@ def test_a_kernel_without_softcap_is_refused_with_the_name_of_one_that_has_it(po
     assert "attention_kernel: torch_cpu: it has no softcap; use reference" in caught.value.errors[0][1]
 
 
+@pytest.mark.parametrize("window", [None, 9])
+@pytest.mark.parametrize("mesh", [(2, 1), (1, 2), (2, 2), (1, 4)], ids=lambda m: f"u{m[0]}r{m[1]}")
+def test_attention_sinks_and_their_gradient(pool, mesh: tuple[int, int], window: int | None) -> None:
+    for error in pool(MESHES[mesh]).run(jobs.sink_error, ulysses=mesh[0], ring=mesh[1], window=window):
+        assert error <= 1e-10
+
+
 @pytest.mark.parametrize("window", [2, 8, 17, 40, 69, 70, 1000])
 def test_any_window(pool, window: int) -> None:
     """Over several chunks, as long as the row, longer. With a window of one token the true gradient of q and k is zero, and both sides
