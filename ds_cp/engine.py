@@ -20,7 +20,7 @@ from ds_cp import comm, factor, layout, mesh, preflight, topology
 from ds_cp import config as configs
 from ds_cp.batch import Methods
 from ds_cp.config import Config
-from ds_cp.kernels import choice
+from ds_cp.kernels import choice, probe
 from ds_cp.kernels import delta as deltas
 from ds_cp.kernels.attention import Kernel
 from ds_cp.loader import StepLoader
@@ -125,7 +125,9 @@ def prepare(model: nn.Module, block: Config, ds_config: Mapping[str, Any]) -> tu
         linear_heads=linear_heads(inner),
         linear=block.linear_attention,
     )
-    methods = methods_of(block, inner, degrees, compute_dtype(ds_config, inner))
+    dtype = compute_dtype(ds_config, inner)
+    methods = methods_of(block, inner, degrees, dtype)
+    preflight.refuse_together(_wrong_kernel(methods, inner, degrees, dtype))
     mesh_ = mesh.build(degrees, block.comm_timeout_s)
     if dist.get_rank() == 0:
         print_table(block, mesh_, methods, inner)
@@ -194,6 +196,23 @@ def _delta_kernel(block: Config, shapes: list[deltas.Shapes], dtype: torch.dtype
         if reason is not None:
             raise ValueError(f"sequence_parallel.delta_kernel: {kernel.__name__.split('.')[-1]}: {reason}")
     return kernel
+
+
+def _wrong_kernel(methods: Methods, model: nn.Module, degrees: topology.Topology, dtype: torch.dtype) -> str | None:
+    """What the attention kernel computes wrong on this rank, of what the model will ask of it."""
+    config = model.config.get_text_config()
+    query, kv = checks.heads(model)[0]
+    split = topology.split_heads(degrees.ulysses, query, kv)
+    asked = probe.Asked(
+        query_heads=split.query,
+        kv_heads=split.kv,
+        head_size=getattr(config, "head_dim", None) or config.hidden_size // query,
+        windows=methods.windows,
+        softcap=getattr(config, "attn_logit_softcapping", None),
+        rectangles=degrees.ring > 1,
+    )
+    found = probe.wrong(methods.attention, asked, dtype, torch.device(get_accelerator().current_device_name()))
+    return found and f"sequence_parallel.attention_kernel: {found}; name another kernel, or install another version of its package"
 
 
 def kernel_of(block: Config) -> Kernel:

@@ -64,6 +64,19 @@ def check_agreement(what: str, value: str) -> None:
         )
 
 
+def refuse_together(reason: str | None) -> None:
+    """Raises on every rank what any rank has found; every rank of the job must call it.
+
+    Raises:
+        ValueError: one of the ranks has a reason.
+    """
+    everyone: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, reason)
+    found = next((text for text in everyone if text is not None), None)
+    if found is not None:
+        raise ValueError(f"{found} (rank {everyone.index(found)})")
+
+
 def _extensions_root() -> Path:
     from torch.utils.cpp_extension import get_default_build_root
 

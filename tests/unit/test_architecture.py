@@ -46,6 +46,7 @@ IMPORTS = _table(
         "kernels.affine": "",
         "kernels.merge": "kernels.merge_cuda",
         "kernels.merge_cuda": "",
+        "kernels.probe": "tiles kernels.attention",
         "kernels.choice": "tiles kernels.attention kernels.sums",
         "reshard": "layout comm",
         "placement": "layout mesh comm kernels.delta",
@@ -61,7 +62,7 @@ IMPORTS = _table(
         "models": "batch attention delta loss",
         "planner": "config topology layout tiles",
         "engine": "config topology layout comm factor preflight tiles mesh kernels.attention kernels.delta kernels.choice "
-        "batch attention delta loss loader models",
+        "kernels.probe batch attention delta loss loader models",
         "trainer": "engine",
         "selftest": "engine kernels.attention tiles batch models",
         "explain": "balance layout tiles",
