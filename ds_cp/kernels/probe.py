@@ -51,8 +51,8 @@ def wrong(kernel: Kernel, asked: Asked, dtype: torch.dtype, device: torch.device
                 continue
             for name, error in _errors(part, dout, q, k, v, tile, score).items():
                 if not error <= LIMIT:  # NaN is not either
-                    kernel_name = part.__name__.split(".")[-1]
-                    return f"{kernel_name} computes {name} wrong on this machine, off by {error:.2g} of its size ({_what(asked, tile, dtype)})"
+                    found = f"{part.__name__.split('.')[-1]} computes {name} wrong on this machine, off by {error:.2g} of its size"
+                    return f"{found} ({_what(asked, tile, dtype)})"
     return None
 
 
