@@ -60,9 +60,9 @@ class Config(BaseModel):
     """Tokens per logits tile: the loss is computed tile by tile and `out.logits` is None (`return_logits=True` keeps them); 0
     materialises the logits. "auto" takes tiles of 256 MiB of fp32 logits, and whole logits where a shard's are no larger."""
     tiled_mlp: bool | Auto = "auto"
-    """Compute MLPs in tiles of tokens. "auto" is off."""
+    """Compute MLPs in tiles of as many tokens as the hidden size, for one more forward of each MLP. "auto" is off."""
     activation_offload: bool = False
-    """Keep checkpointed activations in pinned host memory."""
+    """Keep the inputs of checkpointed layers in pinned host memory until backward needs them."""
 
     @model_validator(mode="after")
     def _refuse_later_features(self) -> Config:
@@ -93,8 +93,6 @@ THIS_VERSION: Mapping[str, tuple[Any, ...]] = {
     "layout": ("auto", "zigzag", "balanced", "contiguous"),
     "attention_head_chunks": ("auto", 1),
     "profile": (False,),
-    "tiled_mlp": ("auto", False),
-    "activation_offload": (False,),
 }
 """Values that this version implements, for the fields whose other values come with a later one."""
 

@@ -14,6 +14,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import set_z3_leaf_module
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import PreTrainedModel
 
 from ds_cp import batch as batches
 from ds_cp import comm, factor, layout, mesh, preflight, topology
@@ -26,7 +27,7 @@ from ds_cp.kernels.attention import Kernel
 from ds_cp.loader import StepLoader
 from ds_cp.loss import CausalLMLoss
 from ds_cp.mesh import Mesh
-from ds_cp.models import attach, checks, lm_head
+from ds_cp.models import attach, checks, lm_head, mlp
 from ds_cp.token_values import TokenValues, of_logits
 
 Source = str | os.PathLike[str] | Mapping[str, Any]
@@ -112,9 +113,10 @@ def prepare(model: nn.Module, block: Config, ds_config: Mapping[str, Any]) -> tu
     inner = attach.find(model)
     checks.refuse(inner)
     preflight.check_agreement("sequence_parallel.attention_kernel", choice.identity(kernel_of(block)))
-    head = inner.get_output_embeddings()
-    if block.loss_chunk != 0 and lm_head.is_composite(head):
-        set_z3_leaf_module(head, True)
+    if block.tiled_mlp is True:
+        mlp.refuse(inner)
+    for module in _gathered_as_one(inner, block):
+        set_z3_leaf_module(module, True)
     degrees = topology.resolve(
         block.size,
         block.ulysses_size,
@@ -134,6 +136,13 @@ def prepare(model: nn.Module, block: Config, ds_config: Mapping[str, Any]) -> tu
     return mesh_, methods
 
 
+def _gathered_as_one(model: PreTrainedModel, block: Config) -> list[nn.Module]:
+    """Modules of several modules that run in tiles: ZeRO-3 would gather each part in every tile."""
+    head = model.get_output_embeddings()
+    tiled_head = block.loss_chunk != 0 and lm_head.is_composite(head)
+    return [*([head] if tiled_head else []), *(mlp.mlps(model) if block.tiled_mlp is True else [])]
+
+
 def attach_model(
     model: nn.Module, block: Config, mesh_: Mesh, divisor: Callable[[], int], methods: Methods | None = None
 ) -> attach.Handle:
@@ -145,6 +154,8 @@ def attach_model(
         methods=methods or methods_of(block, inner, mesh_.topology, compute_dtype({}, inner)),
         loss=CausalLMLoss(reduction=block.loss_reduction, divisor=divisor),
         loss_chunk=block.loss_chunk,
+        tiled_mlp=block.tiled_mlp is True,
+        activation_offload=block.activation_offload,
     )
     handle.apply()
     return handle
@@ -222,7 +233,7 @@ def kernel_of(block: Config) -> Kernel:
     return choice.resolve(block.attention_kernel, device, capability)
 
 
-def _describe_chunk(block: Config, model: nn.Module) -> str:
+def _describe_chunk(block: Config, model: PreTrainedModel) -> str:
     head = model.get_output_embeddings()
     if block.loss_chunk != "auto" or head is None:
         return str(block.loss_chunk)
@@ -230,7 +241,7 @@ def _describe_chunk(block: Config, model: nn.Module) -> str:
     return f"{tile} for shards of more tokens, else whole logits"
 
 
-def print_table(block: Config, mesh_: Mesh, methods: Methods, model: nn.Module) -> None:
+def print_table(block: Config, mesh_: Mesh, methods: Methods, model: PreTrainedModel) -> None:
     """What the run does, "auto" resolved, once, on the calling rank."""
     from rich.console import Console
     from rich.table import Table
@@ -249,6 +260,8 @@ def print_table(block: Config, mesh_: Mesh, methods: Methods, model: nn.Module) 
         "loss_reduction": "token_mean if counted, else mean" if block.loss_reduction == "auto" else block.loss_reduction,
         "loss_chunk": _describe_chunk(block, model),
         **_linear_rows(methods),
+        "tiled_mlp": f"{model.config.get_text_config().hidden_size} tokens a tile" if block.tiled_mlp is True else "off",
+        "activation_offload": block.activation_offload,
         "comm_timeout_s": block.comm_timeout_s,
     }
     for name, value in resolved.items():

@@ -12,15 +12,13 @@ T local tokens, t tokens of one tile, D hidden size, V vocabulary, K values of a
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import get_device_states, set_device_states
 
 from ds_cp.batch import IGNORE
+from ds_cp.replay import Replay
 from ds_cp.tiled_head import Head, Tiles
 
 
@@ -55,7 +53,7 @@ class _TokenValues(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, head, tile, targets, asked, *parameters):
         ctx.asked = hidden, head, tile, targets, asked
-        ctx.again = _Again(hidden, head)
+        ctx.again = Replay(hidden)
         tiles = Tiles(hidden, head, tile, [False] * (1 + len(parameters)))
         values = [of_logits(tiles.logits(rows), targets[rows], asked) for rows in tiles]
         return torch.cat(values).unsqueeze(0), tiles.first
@@ -64,7 +62,7 @@ class _TokenValues(torch.autograd.Function):
     def backward(ctx, grad, _):
         hidden, head, tile, targets, asked = ctx.asked
         needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[5:]]
-        with ctx.again:
+        with ctx.again():
             tiles = Tiles(hidden, head, tile, needs)
             for rows in tiles:
                 z = tiles.logits(rows)
@@ -86,28 +84,3 @@ def _gradient_(z: Tensor, targets: Tensor, grad_tK: Tensor, asked: TokenValues) 
     else:
         dz = log_p.exp_().mul_(-g)
     return dz.scatter_add_(1, targets.clamp(min=0).unsqueeze(1), g).div_(asked.temperature)
-
-
-class _Again:
-    """The state of random numbers and autocast in which a head that is not one product was computed, to compute it again."""
-
-    def __init__(self, hidden: Tensor, head: Head) -> None:
-        device = hidden.device.type
-        self._autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
-        self._random = None if head.linear else (torch.get_rng_state(), *get_device_states(hidden))
-
-    def __enter__(self) -> None:
-        device, dtype, enabled = self._autocast
-        self._inside: list[AbstractContextManager[Any]] = [torch.autocast(device, dtype=dtype, enabled=enabled), nullcontext()]
-        if self._random is not None:
-            cpu, devices, states = self._random
-            self._inside[1] = torch.random.fork_rng(devices=devices)
-        for context in self._inside:
-            context.__enter__()
-        if self._random is not None:
-            torch.set_rng_state(cpu)
-            set_device_states(devices, states)
-
-    def __exit__(self, *error: Any) -> None:
-        for context in reversed(self._inside):
-            context.__exit__(*error)

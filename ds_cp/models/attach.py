@@ -26,8 +26,9 @@ from ds_cp.batch import Methods, SequenceContext
 from ds_cp.kernels.attention import Score
 from ds_cp.loss import CausalLMLoss
 from ds_cp.mesh import Mesh
-from ds_cp.models import family_of, lm_head
+from ds_cp.models import family_of, lm_head, mlp
 from ds_cp.models.checks import token_mixers
+from ds_cp.offload import Offload
 
 IMPLEMENTATION = "ds_cp"  # must not hold "flash": transformers branches on that substring
 HANDLE = "ds_cp_handle"
@@ -58,6 +59,8 @@ class Handle:
     methods: Methods
     loss: CausalLMLoss
     loss_chunk: int | Literal["auto"] = 0
+    tiled_mlp: bool = False
+    activation_offload: bool = False
     _undo: list[Any] | None = None
     _checked: bool = False
 
@@ -71,10 +74,14 @@ class Handle:
         self.model.loss_function = self._loss_function
         self._head = lm_head.Door(self.model, self.loss_chunk)
         self._head.apply()
+        self._mlps = mlp.Door(self.model, self.tiled_mlp)
+        self._mlps.apply()
+        self._offload = Offload() if self.activation_offload else None
         family = family_of(self.model.config)
         undo = [family.attach(module) for module in family.mixers(self.model).values()] if family else []
         hooks = [
             self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+            self.model.register_forward_hook(self._end_offload, always_call=True),
             self.model.register_forward_hook(self._after_forward, with_kwargs=True),
         ]
         self._undo = [before, hooks, undo]
@@ -89,6 +96,7 @@ class Handle:
         for hook in hooks:
             hook.remove()
         self._head.remove()
+        self._mlps.remove()
         self.model.set_attn_implementation(implementation)
         if loss is None:
             del self.model._loss_function
@@ -115,10 +123,27 @@ class Handle:
         asked = {key: given.pop(key, None) for key in lm_head.CALL_KEYS}
         local, context = batches.prepare(given, self.mesh, self.methods, device, census)
         self._head.begin(asked, local, context)
+        if self._offload is not None and torch.is_grad_enabled():
+            self._begin_offload(local["position_ids"].shape[-1])
         return (), {**local, "use_cache": False, "cp": context}
 
     def _loss_function(self, logits: Tensor, *args: Any, cp: SequenceContext | None = None, **kwargs: Any) -> Tensor:
         return self.loss(logits, *args, cp=cp, **{**kwargs, **self._head.loss_arguments(logits, cp)})
+
+    def _begin_offload(self, tokens: int) -> None:
+        model = self.model
+        if not (model.is_activation_checkpointing and model.training):
+            raise ValueError(
+                "sequence_parallel.activation_offload: only inputs of checkpointed layers are kept on the host, but gradient "
+                "checkpointing is off; call model.gradient_checkpointing_enable() (Trainer: gradient_checkpointing=True), or set "
+                "it to false"
+            )
+        embedding = model.get_input_embeddings().weight
+        self._offload.begin((1, tokens, model.config.get_text_config().hidden_size), embedding.dtype, embedding.device)
+
+    def _end_offload(self, *_: Any) -> None:
+        if self._offload is not None:
+            self._offload.end()
 
     def _after_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         context: SequenceContext = kwargs["cp"]

@@ -268,10 +268,21 @@ def values_without_sharding() -> bool:
     return torch.allclose(values[0, 1:], -losses, rtol=1e-5) and not values[0, 0] and bool((entropies[0, 1:] > 0).all())
 
 
-def gathers(block: dict[str, Any]) -> int:
+def offloaded(block: dict[str, Any], reentrant: bool) -> tuple[int, int]:
+    """(layers, tensors that a forward pass sent to the host)."""
+    engine, _ = started(block)
+    model = engine.module
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    _steps(engine, rows(2, 60))
+    sent = attach.handle_of(engine)._offload.count
+    selftest.finish(engine)
+    return len(model.model.layers), sent
+
+
+def gathers(block: dict[str, Any], length: int = 60) -> int:
     """All-gathers of a whole ZeRO-3 step."""
     engine, _ = started(block, stage=3)
-    batch = rows(1, 60)[0]
+    batch = rows(1, length)[0]
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         _steps(engine, [batch])
     selftest.finish(engine)

@@ -56,7 +56,10 @@ IMPORTS = _table(
         "attention": "ring tiles comm batch",
         "delta": "comm batch",
         "tiled_head": "batch",
-        "token_values": "batch tiled_head",
+        "replay": "",
+        "offload": "",
+        "tiled_module": "replay",
+        "token_values": "batch tiled_head replay",
         "loss": "comm mesh",
         "loader": "comm batch mesh",
         "models": "batch attention delta loss",
@@ -78,7 +81,8 @@ BEYOND = _table(
         "delta": "topology reshard mesh",  # the head split; moving heads; the axis that shares them
         "ring": "kernels.merge kernels.sums kernels.attention",  # merging; what sums gradients; Score
         "loss": "batch tiled_head",  # SequenceContext and IGNORE; what a token's loss is made of
-        "models": "comm mesh tiled_head token_values kernels.delta kernels.attention",  # same-row check; head; shapes; Score
+        # same-row check; shapes of recurrent layers; tiles; Score
+        "models": "comm mesh kernels.delta kernels.attention tiled_head token_values tiled_module offload",
         "engine": "token_values",  # the public function
         "trainer": "batch comm config factor mesh",  # reads the block, counts targets and verifies the factor as engine does
         "cli": "topology layout models",  # what `check` resolves: sizes, padding, a model's heads; there is no planner yet

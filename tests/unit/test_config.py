@@ -47,8 +47,6 @@ LATER: tuple[tuple[str, Any], ...] = (
     ("layout", "zigzag_documents"),
     ("attention_head_chunks", 2),
     ("profile", True),
-    ("tiled_mlp", True),
-    ("activation_offload", True),
 )
 """Values of the block in design.md whose feature comes with a later issue; an issue that brings one takes it from here."""
 

@@ -118,10 +118,10 @@ def alone() -> Mesh:
     return Mesh(topology=topology.Topology(1, 1, 1), ulysses=axis, ring=axis, seq=axis, data=axis)
 
 
-def attached(model: PreTrainedModel, kernel: str = "torch_cpu", loss_chunk: int = 0) -> attach.Handle:
+def attached(model: PreTrainedModel, kernel: str = "torch_cpu", **settings: Any) -> attach.Handle:
     delta = deltas.load("reference") if checks.linear_shapes(model) else None
     methods = Methods(attention=kernels.load(kernel), layout="zigzag", gathered=False, delta=delta, windows=checks.windows(model))
-    handle = attach.Handle(model, alone(), methods, CausalLMLoss("mean", divisor=lambda: 1), loss_chunk=loss_chunk)
+    handle = attach.Handle(model, alone(), methods, CausalLMLoss("mean", divisor=lambda: 1), **settings)
     handle.apply()
     return handle
 
