@@ -336,7 +336,7 @@ def _own_slots(block: Tensor, context: SequenceContext) -> list[Tensor]:
 
 
 def _by_slot(row: Tensor, context: SequenceContext) -> list[Tensor]:
-    """Where `layout.gathered_place` has the ranks' chunks, in the order of `_own_slots`: [R, chunk, M, H] each."""
+    """Where `layout.gathered_places` has the ranks' chunks, in the order of `_own_slots`: [R, chunk, M, H] each."""
     slots = len(context.layout.chunks[0])
     parts = row.unflatten(1, (slots, context.layout.ring, -1))
     return [of_kind[slot] for of_kind in parts for slot in reversed(range(slots))]

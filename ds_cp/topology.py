@@ -144,8 +144,8 @@ def resolve(
 def resolve_linear(setting: str, topology: Topology, heads: list[tuple[int, int]]) -> Literal["heads", "state"]:
     """How Gated DeltaNet layers are sharded.
 
-    "auto" is heads where every rank of a row can have some: with few heads a GPU is busier (docs/benchmarks.md), and no state has
-    to be passed.
+    "auto" is heads where every rank of a row can have some: on one H200 they were faster than state at the one degree where both
+    were measured (8, docs/benchmarks.md), and no state has to be passed.
 
     Args:
         setting: `linear_attention` as written. heads: (value heads, key heads) of every such layer.
