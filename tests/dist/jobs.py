@@ -332,7 +332,7 @@ def _loss_and_destroy(engine: Any, batch: dict[str, Any]) -> float:
 
 
 def measured_factor(stage: int, backward_divides: bool) -> float:
-    return factor.measure({"zero_optimization": {"stage": stage}}, backward_divides)
+    return factor.measure({"zero_optimization": {"stage": stage}}, backward_divides)[0]
 
 
 def verified_factor(config: dict[str, Any]) -> float:
