@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ds_cp.engine import initialize as initialize
     from ds_cp.engine import token_logprobs as token_logprobs
     from ds_cp.engine import unshard as unshard
+    from ds_cp.loader import data_loader as data_loader
     from ds_cp.trainer import Trainer as Trainer
     from ds_cp.trainer import TrainerMixin as TrainerMixin
 
@@ -24,6 +25,7 @@ __all__ = [
     "Config",
     "Trainer",
     "TrainerMixin",
+    "data_loader",
     "data_parallel_rank",
     "data_parallel_size",
     "disabled",
@@ -32,7 +34,7 @@ __all__ = [
     "unshard",
 ]
 
-_HOME = {"Config": "config", "Trainer": "trainer", "TrainerMixin": "trainer"}
+_HOME = {"Config": "config", "Trainer": "trainer", "TrainerMixin": "trainer", "data_loader": "loader"}
 
 
 def __getattr__(name: str) -> Any:

@@ -24,7 +24,7 @@ from ds_cp.config import Config
 from ds_cp.kernels import choice, probe
 from ds_cp.kernels import delta as deltas
 from ds_cp.kernels.attention import Kernel
-from ds_cp.loader import StepLoader
+from ds_cp.loader import StepLoader, data_loader
 from ds_cp.loss import CausalLMLoss
 from ds_cp.mesh import Mesh
 from ds_cp.models import attach, checks, lm_head, mlp
@@ -85,20 +85,10 @@ def initialize(
     ours["sequence_parallel_size"] = mesh_.seq.size  # DeepSpeed's batch arithmetic then counts replicas
     engine, optimizer, _, scheduler = deepspeed.initialize(**given, config=ours)
     attach_model(engine.module, block, mesh_, engine.gradient_accumulation_steps, methods)
-    loader = None if training_data is None else _loader(training_data, collate_fn, engine, block, mesh_)
+    loader = None
+    if training_data is not None:
+        loader = data_loader(engine, training_data, collate_fn, drop_last=ds_config.get("dataloader_drop_last") is True)
     return engine, optimizer, loader, scheduler
-
-
-def _loader(data: Any, collate_fn: Any, engine: deepspeed.DeepSpeedEngine, block: Config, mesh_: Mesh) -> StepLoader:
-    return StepLoader(
-        dataset=data,
-        batch_size=engine.train_micro_batch_size_per_gpu(),
-        collate_fn=collate_fn,
-        mesh=mesh_,
-        steps=engine.gradient_accumulation_steps,
-        device=torch.device(get_accelerator().current_device_name()),
-        count=block.loss_reduction in ("auto", "token_mean"),
-    )
 
 
 def prepare(model: nn.Module, block: Config, ds_config: Mapping[str, Any]) -> tuple[Mesh, Methods]:

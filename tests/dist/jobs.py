@@ -149,26 +149,37 @@ def targets_of(row: int) -> float:
 
 
 def started(
-    block: dict[str, Any], accumulation: int = 1, stage: int = 1, changes: dict[str, Any] | None = None, **kwargs: Any
+    block: dict[str, Any],
+    accumulation: int = 1,
+    stage: int = 1,
+    changes: dict[str, Any] | None = None,
+    lr: float = 1e-2,
+    **kwargs: Any,
 ) -> tuple[Any, Any]:
     """(engine, loader) of a tiny llama under SGD."""
     model = selftest.tiny_model("llama", **(changes or {}))
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
     config = selftest.ds_config(stage, block, accumulation)
     engine, _, loader, _ = ds_cp.initialize(model=model, optimizer=optimizer, config=config, **kwargs)
     return engine, loader
 
 
 def loader_rows(block: dict[str, Any], accumulation: int, count: int) -> tuple[list[int], list[float]]:
+    """Rows of an epoch, -1 for one without targets, and the counts that came with them."""
     engine, loader = started(block, accumulation, training_data=Rows(count))
     batches = list(loader)
     assert len(batches) == len(loader)
     for batch in batches:
         engine.backward(engine(**batch).loss)
         engine.step()
-    assert [int(b["input_ids"][0, 0]) for b in loader] != [int(b["input_ids"][0, 0]) for b in batches], "next epoch, next order"
+    assert row_of(next(iter(loader))) != row_of(batches[0]), "next epoch, next order"
     selftest.finish(engine)
-    return [int(b["input_ids"][0, 0]) for b in batches], [float(b["num_items_in_batch"]) for b in batches]
+    return [row_of(batch) for batch in batches], [float(batch["num_items_in_batch"]) for batch in batches]
+
+
+def row_of(batch: dict[str, Any]) -> int:
+    """Which of `Rows` a batch is, -1 where it has no targets."""
+    return int(batch["input_ids"][0, 0]) if bool((batch["labels"] != IGNORE).any()) else -1
 
 
 def unsharded_logits(block: dict[str, Any], batch: dict[str, Any]) -> tuple[float, float, int]:

@@ -6,6 +6,7 @@ traceback is in the exception; a rank that does not answer in time ends the pool
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import os
 import queue
@@ -41,12 +42,13 @@ class Pool:
         self._results = context.Queue()
         self._processes = [
             context.Process(
-                target=_work, args=(rank, world, local_world or world, port, self._jobs[rank], self._results), daemon=True
+                target=_work, args=(rank, world, local_world or world, port, self._jobs[rank], self._results)
             )
             for rank in range(world)
         ]
         for process in self._processes:
-            process.start()
+            process.start()  # not daemons, which may have no children: loaders start workers
+        atexit.register(self.close)
 
     def run(self, function: Callable[..., Any], **kwargs: Any) -> list[Any]:
         """The results of all ranks, in rank order; raises WorkerError if any failed."""
@@ -89,6 +91,7 @@ def _work(rank: int, world: int, local_world: int, port: int, jobs: Any, results
     import torch
 
     torch.set_num_threads(1)
+    mp.set_start_method("fork", force=True)  # for loaders' workers, as in a process that a launcher starts
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     torch.utils.deterministic.fill_uninitialized_memory = True  # NaN in torch.empty, while the next line holds
     torch.use_deterministic_algorithms(True, warn_only=True)

@@ -61,7 +61,8 @@ IMPORTS = _table(
         "tiled_module": "replay",
         "token_values": "batch tiled_head replay",
         "loss": "comm mesh",
-        "loader": "comm batch mesh",
+        "deal": "batch",
+        "loader": "comm batch mesh deal",
         "models": "batch attention delta loss",
         "planner": "config topology layout tiles",
         "engine": "config topology layout comm factor preflight tiles mesh kernels.attention kernels.delta kernels.choice "
@@ -80,6 +81,7 @@ BEYOND = _table(
         "batch": "placement",  # what ranks hold
         "delta": "topology reshard mesh",  # the head split; moving heads; the axis that shares them
         "ring": "kernels.merge kernels.sums kernels.attention",  # merging; what sums gradients; Score
+        "loader": "models",  # the mesh and the reduction of an engine's model
         "loss": "batch tiled_head",  # SequenceContext and IGNORE; what a token's loss is made of
         # same-row check; shapes of recurrent layers; tiles; Score
         "models": "comm mesh kernels.delta kernels.attention tiled_head token_values tiled_module offload",
