@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 from typing import Any, NamedTuple
 
 import torch
@@ -117,12 +117,29 @@ class Stream(IterableDataset):
         deal, rows = self._deal, iter(self._dataset)
         next(islice(rows, self._first, self._first), None)  # drops the first ones
         while True:
-            kept, count = {}, 0
-            for count, row in enumerate(islice(rows, deal.rows), start=1):
-                number = count - 1
+            kept, found = {}, 0
+            for found, row in enumerate(islice(rows, deal.rows), start=1):
+                number = found - 1
                 if number == 0 or number % deal.replicas == deal.replica:
                     kept[number] = row
-            if not count:
+            if not found:
                 return
-            for mine in deal.micro_batches(count):
-                yield Drawn(self._making([kept[j] for j in mine] or [kept[0]], not mine), count)
+            for mine in deal.micro_batches(found):
+                yield Drawn(self._making([kept[j] for j in mine] or [kept[0]], not mine), found)
+
+
+class Passes(IterableDataset):
+    """A stream read again and again, with `set_epoch` before every pass where it has one; a step may lie in two passes."""
+
+    def __init__(self, dataset: Any) -> None:
+        self._dataset = dataset
+
+    def __iter__(self) -> Iterator[Any]:
+        for epoch in count():
+            if hasattr(self._dataset, "set_epoch"):
+                self._dataset.set_epoch(epoch)
+            row = None
+            for row in self._dataset:
+                yield row
+            if row is None:
+                raise ValueError(f"train_dataset: a pass over the {type(self._dataset).__name__} gave no row")

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sized
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer as HfTrainer
 
 from ds_cp import comm, config, engine, factor
 from ds_cp.batch import DOCUMENT_KEYS, count_targets
+from ds_cp.deal import Passes
 from ds_cp.mesh import Mesh
 
 
@@ -50,6 +51,7 @@ class TrainerMixin:
         self.loss_is_scaled_for_ga = {"mean": False, "token_mean": True, "sum": True}.get(block.loss_reduction)
         self.cp_mesh = mesh
         self._cp_tokens, self._cp_paused, self._cp_clock = 0, 0.0, None
+        self.accelerator.dataloader_config.dispatch_batches = False  # every rank reads a stream itself
 
     def get_cp_size(self) -> int:
         """Ranks that share a row, by which HF divides the global batch."""
@@ -80,6 +82,9 @@ class TrainerMixin:
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Sharded evaluation; logits, where metrics ask for them, are those of the whole rows."""
+        if self.cp_mesh is not None:
+            tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+            self._cp_rows = len(tokens)
         if self.cp_mesh is None or prediction_loss_only:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys=ignore_keys)
         inputs = self._prepare_inputs(inputs)
@@ -111,8 +116,10 @@ class TrainerMixin:
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return super().floating_point_ops(inputs) // self.get_cp_size()  # HF sums over ranks, which share the row
 
-    def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
-        loader = super()._get_dataloader(*args, **kwargs)
+    def _get_dataloader(self, dataset: Any, *args: Any, is_training: bool = False, **kwargs: Any) -> DataLoader:
+        if self.cp_mesh is not None and isinstance(dataset, IterableDataset):
+            dataset = _stream(dataset, self.args.dataloader_num_workers, self.cp_mesh, is_training)
+        loader = super()._get_dataloader(dataset, *args, is_training=is_training, **kwargs)
         if self.cp_mesh is not None:
             _share_rows(loader, self.cp_mesh)
         return loader
@@ -148,6 +155,8 @@ class TrainerMixin:
         """One entry per row from all replicas, without the repeats that accelerate added to even the last batch."""
         state, size = self.accelerator.gradient_state, self.get_cp_size()
         remainder = state.remainder if state.end_of_dataloader else -1
+        if self.cp_mesh.data.size == 1:  # HF repeats a loss by the batch size of the arguments, also that of a shorter batch
+            remainder = self._cp_rows
 
         def one_per_group(x: Tensor) -> Tensor:
             rows = x.unflatten(0, (self.cp_mesh.data.size, size, -1))[:, 0].flatten(0, 1)
@@ -212,16 +221,52 @@ def _check_arguments(trainer: HfTrainer) -> None:
         )
 
 
+def _stream(dataset: IterableDataset, workers: int, mesh: Mesh, is_training: bool) -> IterableDataset:
+    """A stream as accelerate shards it: without a length, training goes over it pass after pass."""
+    if workers > 1:
+        raise ValueError(
+            f"dataloader_num_workers: got {workers} for an IterableDataset, allowed 0 and 1: each worker would read the whole "
+            "stream, and every row would come once a worker"
+        )
+    sized = isinstance(dataset, Sized)
+    if not is_training and mesh.data.size > 1:
+        raise ValueError(
+            f"eval_dataset: an IterableDataset over {mesh.data.size} replicas would be evened out with rows that come twice; pass "
+            "one with a length and an index"
+        )
+    return Passes(dataset) if is_training and not sized else _Plain(dataset)
+
+
+class _Plain(IterableDataset):
+    """A stream of any kind as one of PyTorch's, which accelerate does not shard by the kind's own rules."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.dataset)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def set_epoch(self, epoch: int) -> None:
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
+
+
 def _share_rows(loader: DataLoader, mesh: Mesh) -> None:
     """Makes accelerate's shard of the data that of this rank's sequence group."""
     for part in (getattr(loader, "batch_sampler", None), getattr(loader, "dataset", None)):
         if hasattr(part, "process_index") and hasattr(part, "num_processes"):
             part.num_processes, part.process_index = mesh.data.size, mesh.data.rank
-            if mesh.data.size == 1 and hasattr(part, "even_batches"):
-                part.even_batches = False  # as in one process: a short last batch stays short
+            if mesh.data.size == 1:  # as in one process: a short last batch stays short
+                if hasattr(part, "even_batches"):
+                    part.even_batches = False
+                else:
+                    part.batch_size = 1  # of accelerate's shard of a stream, which completes groups of so many rows
             return
     if mesh.topology.world > 1:
         raise ValueError(
-            f"data: {type(loader).__name__} does not shard by process in a way ds_cp knows; pass a map-style dataset, or an "
-            "IterableDataset with accelerator_config={'dispatch_batches': False}"
+            f"data: {type(loader).__name__} does not shard by process in a way ds_cp knows; pass a map-style dataset or an "
+            "IterableDataset"
         )

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from ds_cp.deal import Passes
 from tests.dist import trainer_jobs
 from tests.dist.jobs import Rows
 from tests.dist.test_api import refused
@@ -112,10 +114,48 @@ def test_a_checkpoint_resumes_with_another_sequence_size(pool, tmp_path: Path) -
         assert float((resumed["weights"][name] - weight).abs().max() / weight.abs().max()) <= 1e-4
 
 
-def test_a_stream_reaches_every_rank_of_a_group(pool, tmp_path: Path) -> None:
-    settings = {"accelerator_config": {"dispatch_batches": False}, "data": trainer_jobs.Stream(16)}
+ORDERS: dict[str, dict[str, Any]] = {
+    "map": {"data": Rows(13), "dataloader_num_workers": 2},
+    "stream": {"data": trainer_jobs.Stream(13), "dataloader_num_workers": 1},
+}
+
+
+@pytest.mark.parametrize("kind", ORDERS)
+def test_a_run_that_stops_in_its_second_epoch_goes_on_with_the_same_rows(pool, tmp_path: Path, kind: str) -> None:
+    """13 rows in steps of 4: step 6 is in the middle of the second epoch, which has another order."""
+    settings = {"block": block(1, 2), "max_steps": 9, **ORDERS[kind]}
+    whole = run(pool, 4, tmp_path, save_strategy="steps", save_steps=6, **settings)
+    resumed = run(pool, 4, tmp_path, resume=str(tmp_path / "checkpoint-6"), **settings)
+    assert len(losses(whole)) == 9
+    assert losses(resumed) == losses(whole)
+    assert len(set(losses(whole))) == 9
+    for name, weight in (whole["weights"] or {}).items():
+        assert torch.equal(resumed["weights"][name], weight)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_stream_is_read_pass_after_pass_by_every_rank_of_a_group(pool, tmp_path: Path, workers: int) -> None:
+    """Accumulation 2 over 5 rows: a step that begins in one pass ends in the next, as if the stream had no end."""
+    settings = {"max_steps": 4, "dataloader_num_workers": workers}
+    wanted = run(pool, 1, tmp_path, block=None, stage=None, data=Passes(trainer_jobs.Stream(5)), **settings)
+    got = run(pool, 2, tmp_path, block=block(1, 2), data=trainer_jobs.Stream(5), **settings)
+    assert_same_run(got, wanted)
+
+
+def test_a_stream_to_evaluate_on(pool, tmp_path: Path) -> None:
+    settings = {"eval_strategy": "steps", "eval_steps": 4, "metrics": True, "evaluation": trainer_jobs.Stream(5)}
     wanted = run(pool, 1, tmp_path, block=None, stage=None, **settings)
-    assert losses(run(pool, 2, tmp_path, block=block(1, 2), **settings)) == pytest.approx(losses(wanted), rel=1e-5)
+    got = run(pool, 2, tmp_path, block=block(2, 1), **settings)
+    assert losses(got, "eval_rows") == [5]
+    assert losses(got, "eval_loss") == pytest.approx(losses(wanted, "eval_loss"), rel=1e-5)
+
+
+def test_streams_that_would_give_rows_twice_are_refused(pool, tmp_path: Path) -> None:
+    run = {"folder": str(tmp_path), "block": block(1, 2)}
+    message = refused(pool(2), trainer_jobs.train, data=trainer_jobs.Stream(5), dataloader_num_workers=2, **run)
+    assert "dataloader_num_workers: got 2 for an IterableDataset, allowed 0 and 1" in message
+    evaluation = {"evaluation": trainer_jobs.Stream(5), "eval_strategy": "steps", "eval_steps": 4}
+    assert "eval_dataset: an IterableDataset over 2 replicas" in refused(pool(4), trainer_jobs.train, **evaluation, **run)
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

@@ -19,13 +19,17 @@ from tests.dist.jobs import Rows
 
 
 class Stream(IterableDataset):
-    """The rows of `Rows` as a stream."""
+    """The rows of `Rows` as a stream, in another order every epoch."""
 
     def __init__(self, count: int) -> None:
-        self.rows = Rows(count)
+        self.rows, self.epoch = Rows(count), 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
 
     def __iter__(self) -> Any:
-        return iter(self.rows[i] for i in range(len(self.rows)))
+        order = torch.randperm(len(self.rows), generator=torch.Generator().manual_seed(self.epoch))
+        return iter(self.rows[i] for i in order.tolist())
 
 
 def train(
@@ -33,6 +37,7 @@ def train(
     block: dict[str, Any] | None,
     stage: int | None = 1,
     data: Any = None,
+    evaluation: Any = None,
     resume: str | None = None,
     metrics: bool = False,
     trainer: dict[str, Any] | None = None,
@@ -68,7 +73,7 @@ def train(
         model=selftest.tiny_model("qwen3"),
         args=TrainingArguments(**settings),
         train_dataset=data or Rows(16),
-        eval_dataset=Rows(5),
+        eval_dataset=evaluation or Rows(5),
         **more,
     )
     built.train(resume_from_checkpoint=resume)

@@ -86,7 +86,7 @@ BEYOND = _table(
         # same-row check; shapes of recurrent layers; tiles; Score
         "models": "comm mesh kernels.delta kernels.attention tiled_head token_values tiled_module offload",
         "engine": "token_values",  # the public function
-        "trainer": "batch comm config factor mesh",  # reads the block, counts targets and verifies the factor as engine does
+        "trainer": "batch comm config factor mesh deal",  # reads the block, counts targets and verifies the factor as engine does
         "cli": "topology layout models",  # what `check` resolves: sizes, padding, a model's heads; there is no planner yet
     }
 )
