@@ -69,10 +69,9 @@ def explain(
     png: Annotated[Path | None, typer.Option(help="Where to draw the same as a picture.")] = None,
 ) -> None:
     """Shows who holds what of a row, the work of every ring rank and what travels."""
-    allowed = config.THIS_VERSION["layout"]
     try:
-        if layout_name not in allowed:
-            raise ValueError(f"--layout {layout_name}: use one of {', '.join(allowed)}")
+        if layout_name not in layout.NAMES:
+            raise ValueError(f"--layout {layout_name}: use one of {', '.join(layout.NAMES)}")
         if not docs.is_file():
             raise ValueError(f"--docs {docs}: no such file")
         found = explaining.explain(layout_name, explaining.read_lengths(docs), ring, ulysses, window or None)

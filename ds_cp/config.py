@@ -34,7 +34,7 @@ class Config(BaseModel):
     """Degree of the heads-to-tokens all-to-all. "auto" takes the largest legal one that stays inside a node."""
     ring_size: Degree | Auto = "auto"
     """Degree of ring attention. ulysses_size * ring_size must be size."""
-    layout: Literal["auto", "zigzag", "balanced", "zigzag_documents", "contiguous"] = "auto"
+    layout: Literal["auto", "zigzag", "balanced", "contiguous"] = "auto"
     """How a row's chunks are given to ring ranks. zigzag balances one document, balanced any documents. "auto" is zigzag for a row
     of one document and balanced for packed rows."""
     linear_attention: Literal["auto", "heads", "state"] = "auto"
@@ -51,7 +51,7 @@ class Config(BaseModel):
     """Record a profile of the first steps."""
     attention_kernel: Literal["auto", "flash_attn", "torch_cudnn", "torch_flash", "torch_cpu", "reference"] = "auto"
     """The attention kernel. "auto" on CUDA: flash-attn 4 or 3 where installed, else cuDNN on Hopper for shapes that recur, and
-    torch_flash for the rest; on CPU torch_cpu."""
+    torch_flash for the rest; on CPU torch_cpu, and reference for models with a softcap."""
     delta_kernel: Literal["auto", "fla", "reference"] = "auto"
     """The Gated DeltaNet kernel. "auto" is fla (flash-linear-attention) on CUDA and reference on CPU."""
     loss_reduction: Literal["auto", "mean", "token_mean", "sum"] = "auto"
@@ -90,7 +90,6 @@ class Config(BaseModel):
 
 
 THIS_VERSION: Mapping[str, tuple[Any, ...]] = {
-    "layout": ("auto", "zigzag", "balanced", "contiguous"),
     "attention_head_chunks": ("auto", 1),
     "profile": (False,),
 }

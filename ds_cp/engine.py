@@ -102,7 +102,7 @@ def prepare(model: nn.Module, block: Config, ds_config: Mapping[str, Any]) -> tu
     """
     inner = attach.find(model)
     checks.refuse(inner)
-    preflight.check_agreement("sequence_parallel.attention_kernel", choice.identity(kernel_of(block)))
+    preflight.check_agreement("sequence_parallel.attention_kernel", choice.identity(kernel_of(block, inner)))
     if block.tiled_mlp is True:
         mlp.refuse(inner)
     for module in _gathered_as_one(inner, block):
@@ -174,7 +174,7 @@ def methods_of(block: Config, model: nn.Module, degrees: topology.Topology, dtyp
     shapes = checks.linear_shapes(model)
     linear = topology.resolve_linear(block.linear_attention, degrees, linear_heads(model))
     return Methods(
-        attention=kernel_of(block),
+        attention=kernel_of(block, model),
         layout=block.layout,
         gathered=block.ring_impl == "allgather",
         beside=torch.cuda.Stream() if get_accelerator().device_name() == "cuda" else None,
@@ -216,11 +216,12 @@ def _wrong_kernel(methods: Methods, model: nn.Module, degrees: topology.Topology
     return found and f"sequence_parallel.attention_kernel: {found}; name another kernel, or install another version of its package"
 
 
-def kernel_of(block: Config) -> Kernel:
-    """The attention kernel, "auto" resolved by the device; refuses one that is of another device or not installed."""
+def kernel_of(block: Config, model: nn.Module) -> Kernel:
+    """The attention kernel, "auto" resolved by the device and the model; refuses one that is of another device or not installed."""
     device = get_accelerator().device_name()
     capability = torch.cuda.get_device_capability()[0] if device == "cuda" else None
-    return choice.resolve(block.attention_kernel, device, capability)
+    softcap = bool(getattr(model.config.get_text_config(), "attn_logit_softcapping", None))
+    return choice.resolve(block.attention_kernel, device, capability, softcap)
 
 
 def _describe_chunk(block: Config, model: PreTrainedModel) -> str:

@@ -19,6 +19,9 @@ from dataclasses import dataclass
 
 from ds_cp import balance
 
+NAMES = ("auto", "zigzag", "balanced", "contiguous")
+"""Values of the config's `layout`."""
+
 Range = tuple[int, int]
 """Half-open range of tokens [start, end) of the row."""
 

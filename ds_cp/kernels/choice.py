@@ -2,7 +2,7 @@
 
     flash-attn 4 or 3 installed   it takes every tile but small ones, which torch_flash does faster
     else on Hopper                cuDNN for shapes that recur, torch_flash for the rest
-    else                          torch_flash; on CPU torch_cpu
+    else                          torch_flash; on CPU torch_cpu, reference where scores have a softcap
 
 cuDNN builds a plan for every new shape, longer than most calls take. A shape earns its plan: torch_flash computes it until the
 time that cuDNN would have saved has reached the price of the plan (the ski-rental rule, so never more than twice the best).
@@ -106,11 +106,12 @@ class Auto:
         return True
 
 
-def resolve(name: str, device: str, capability: int | None) -> Kernel:
+def resolve(name: str, device: str, capability: int | None, softcap: bool = False) -> Kernel:
     """The kernel of the config's `attention_kernel`.
 
     Args:
-        device: "cuda" or "cpu". capability: major compute capability, None without CUDA.
+        device: "cuda" or "cpu". capability: major compute capability, None without CUDA. softcap: whether the
+            model's scores have one.
 
     Raises:
         ValueError: it does not run on this device, or what it needs is not installed.
@@ -121,7 +122,7 @@ def resolve(name: str, device: str, capability: int | None) -> Kernel:
             raise ValueError(f'sequence_parallel.attention_kernel: {name!r} does not run on {device}; use "auto" or "reference"')
         return attention.load(name)
     if device != "cuda":
-        return attention.load("torch_cpu")
+        return attention.load("reference" if softcap else "torch_cpu")
     plain = attention.load("torch_flash")
     try:
         flash = attention.load("flash_attn")

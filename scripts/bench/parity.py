@@ -32,6 +32,7 @@ from tests.dist.test_parity import MESHES, block, masked, packed, padded  # noqa
 
 MODELS = ("llama", "qwen3", "qwen2", "gpt_neox")
 HYBRIDS = ("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next", "olmo_hybrid")
+WINDOWED = ("mistral", "phi3", "gemma2", "gemma3_text", "cohere2", "olmo3")
 BAR = 1e-5
 Case = tuple[str, int, dict[str, Any]]
 
@@ -87,12 +88,26 @@ def hybrid_cases() -> Iterator[Case]:
     yield name, 4, {"model_type": HYBRIDS[0], "block": block(2, 2), "stage": 3, "changes": beyond}
 
 
-def measure(quick: bool, hybrids: bool) -> list[dict[str, Any]]:
+def windowed_cases() -> Iterator[Case]:
+    """Models with sliding windows (11 keys, in every layer or every other one), gemma2 with its softcap too."""
+    rows = {"whole": jobs.rows(1, 70)[0], "packed": packed([13, 1, 1, 22, 5, 1, 20, 2]), "packed, 600": packed([300, 13, 1, 286])}
+    meshes = [mesh for mesh in MESHES if mesh != (4, 1)]
+    for model in WINDOWED:
+        for mesh in meshes:
+            for name, batch in rows.items():
+                case = {"model_type": model, "block": block(*mesh), "stage": 3, "batches": [batch]}
+                yield f"{model}, {name}, ulysses {mesh[0]} x ring {mesh[1]}", MESHES[mesh], case
+    for window in (2, 8, 17, 70, 1000):  # within a chunk, over several, as long as the row, longer
+        case = {"block": block(1, 4), "stage": 3, "changes": {"sliding_window": window}, "length": 70}
+        yield f"mistral, window {window}, ulysses 1 x ring 4", 4, {"model_type": "mistral", **case}
+
+
+def measure(quick: bool, hybrids: bool, windowed: bool = False) -> list[dict[str, Any]]:
     """Runs every case; the worst rank counts."""
     pools: dict[int, Pool] = {}
     rows = []
     try:
-        for name, world, arguments in hybrid_cases() if hybrids else cases(quick):
+        for name, world, arguments in hybrid_cases() if hybrids else windowed_cases() if windowed else cases(quick):
             pool = pools.setdefault(world, None) or Pool(world)
             pools[world] = pool
             results = pool.run(jobs.parity, **{"model_type": "llama", **arguments})
@@ -127,10 +142,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one model at ZeRO 3 and the special rows")
     parser.add_argument("--hybrids", action="store_true", help="models with Gated DeltaNet layers instead")
+    parser.add_argument("--windows", action="store_true", help="models with sliding windows and softcap instead")
     parser.add_argument("--json", type=Path, help="write the figures and the machine there")
     parser.add_argument("--markdown", action="store_true", help="print a markdown table too")
     arguments = parser.parse_args()
-    rows = measure(arguments.quick, arguments.hybrids)
+    rows = measure(arguments.quick, arguments.hybrids, arguments.windows)
     table = Table(title="parity with one process")
     for column in ("case", "ranks", "loss error", "worst gradient error", "of", "bar"):
         table.add_column(column)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ds_cp.kernels import attention, choice
-from ds_cp.kernels.attention import Score, torch_cpu
+from ds_cp.kernels.attention import Score, reference, torch_cpu
 from ds_cp.tiles import Tile
 
 SCORE = Score(0.1)
@@ -94,6 +94,8 @@ def test_documents_never_earn_a_plan() -> None:
 
 def test_on_cpu_auto_is_torch_cpu_and_cuda_kernels_are_refused() -> None:
     assert choice.resolve("auto", "cpu", None) is torch_cpu
+    assert choice.resolve("auto", "cpu", None, softcap=True) is reference
+    assert choice.resolve("torch_cpu", "cpu", None, softcap=True) is torch_cpu, "which then refuses by itself"
     for name in set(attention.names()) - {"torch_cpu", "reference"}:
         with pytest.raises(ValueError, match=f"'{name}' does not run on cpu"):
             choice.resolve(name, "cpu", None)

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from ds_cp import config
+from ds_cp import config, layout
 from ds_cp.config import Config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,7 +27,7 @@ WHOLE_BLOCK = """
     "size": 16,                    // ranks that share one row; int or "auto" (= all ranks). 1 switches everything off
     "ulysses_size": "auto",        // heads-to-tokens all-to-all degree
     "ring_size": "auto",           // ring degree; ulysses_size * ring_size == size
-    "layout": "auto",              // zigzag | balanced | zigzag_documents | contiguous
+    "layout": "auto",              // zigzag | balanced | contiguous
     "linear_attention": "auto",    // heads | state (3.4)
     "ring_impl": "p2p",            // p2p | allgather
     "attention_head_chunks": "auto", // head groups that go through the all-to-all one after another; 1 = all at once
@@ -44,7 +44,6 @@ WHOLE_BLOCK = """
 """
 
 LATER: tuple[tuple[str, Any], ...] = (
-    ("layout", "zigzag_documents"),
     ("attention_head_chunks", 2),
     ("profile", True),
 )
@@ -190,11 +189,15 @@ def test_an_integer_field_refuses_what_is_not_an_integer_in_range(field: str, le
         assert str(refusal.value).startswith(f"sequence_parallel.{field}: got {value!r}, allowed: integer >= {least}")
 
 
+def test_layouts_are_those_that_can_be_built() -> None:
+    assert config.Config.model_json_schema()["properties"]["layout"]["enum"] == list(layout.NAMES)
+
+
 def test_a_name_that_no_version_has_is_refused_with_the_names() -> None:
     with pytest.raises(ValueError, match="allowed") as refusal:
         parse(layout="zig-zag")
     assert str(refusal.value) == (
-        'sequence_parallel.layout: got \'zig-zag\', allowed: "auto" | "zigzag" | "balanced" | "zigzag_documents" | "contiguous"'
+        'sequence_parallel.layout: got \'zig-zag\', allowed: "auto" | "zigzag" | "balanced" | "contiguous"'
     )
 
 

@@ -18,11 +18,10 @@ from hypothesis import strategies as st
 
 from ds_cp import balance, tiles
 from ds_cp import layout as layouts
-from ds_cp.config import THIS_VERSION
 from ds_cp.layout import Layout
 from ds_cp.tiles import Tile
 
-NAMES = tuple(name for name in THIS_VERSION["layout"] if name != "auto")
+NAMES = tuple(name for name in layouts.NAMES if name != "auto")
 
 
 @st.composite
