@@ -77,10 +77,10 @@ def _delta_rule(q_SKH: Tensor, k_SKH: Tensor, v_SVG: Tensor, g_SV: Tensor, beta_
     g_VPL, beta_VPL1 = _chunks(g_SV.to(work)), _chunks(beta_SV.to(work)).unsqueeze(-1)
     document_PL, begun_PL = _documents(span, q_SKH.device)
 
-    b_VPL = g_VPL.cumsum(-1)
+    b_VPL = g_VPL.double().cumsum(-1)  # its gradient is a difference of two large sums
     same_PLL = (document_PL[:, :, None] == document_PL[:, None, :]).tril()
-    decay_VPLL = (b_VPL.unsqueeze(-1) - b_VPL.unsqueeze(-2)).masked_fill(~same_PLL, -torch.inf).exp()
-    into_VPL1 = b_VPL.masked_fill(begun_PL, -torch.inf).exp().unsqueeze(-1)
+    decay_VPLL = (b_VPL.unsqueeze(-1) - b_VPL.unsqueeze(-2)).to(work).masked_fill(~same_PLL, -torch.inf).exp()
+    into_VPL1 = b_VPL.to(work).masked_fill(begun_PL, -torch.inf).exp().unsqueeze(-1)
     kk_VPLL, qk_VPLL = (_to_value_heads(x @ k_KPLH.mT, sharing) for x in (k_KPLH, q_KPLH))
     k_VPLH, q_VPLH = _to_value_heads(k_KPLH, sharing), _to_value_heads(q_KPLH, sharing)
     right = torch.cat([v_VPLG, k_VPLH * into_VPL1], -1) * beta_VPL1
