@@ -89,6 +89,7 @@ def prepare(
     _check_shapes(batch, tokens)
     rows, documents = _stream(batch, tokens)
     plan = layouts.build(methods.layout, rows.tokens, mesh.ring.size, mesh.ulysses.size, documents, methods.windows)
+    gathered = _is_gathered(plan, documents, methods)
     documents = _with_padding(documents, plan.length)
     held = place(plan, methods, mesh, documents, device)
     targets, weights = _targets(batch)
@@ -109,7 +110,7 @@ def prepare(
         methods=methods,
         layout=plan,
         held=held,
-        plans=_plans(plan, mesh, documents, methods, device),
+        plans=_plans(plan, mesh, documents, methods, gathered, device),
         documents=documents,
         rows=rows,
         targets=None if targets is None else _count(targets, weights).to(device, non_blocking=True),
@@ -119,12 +120,21 @@ def prepare(
     return out, context
 
 
+def _is_gathered(layout: Layout, documents: tuple[int, ...], methods: Methods) -> bool:
+    """Whether all keys and values of this row are gathered; with "auto" where hops are short, and only one document pairs chunks so
+    that all keys before one are one tile. Two ranks have one hop, as many calls either way.
+    """
+    if methods.ring_impl != "auto":
+        return methods.ring_impl == "allgather"
+    return len(documents) == 2 and layout.ring > 2 and layout.length // layout.ring <= methods.gathered_tokens
+
+
 def _plans(
-    layout: Layout, mesh: Mesh, documents: tuple[int, ...], methods: Methods, device: torch.device
+    layout: Layout, mesh: Mesh, documents: tuple[int, ...], methods: Methods, gathered: bool, device: torch.device
 ) -> dict[int | None, tiles.Plan]:
     """Once a window, not once a layer; one that no document of the row fills is none."""
     longest = max(end - start for start, end in pairwise(documents))
-    full = (tiles.plan_gathered if methods.gathered else tiles.plan)(layout, mesh.ring.rank, documents)
+    full = (tiles.plan_gathered if gathered else tiles.plan)(layout, mesh.ring.rank, documents)
     found: dict[int | None, tiles.Plan] = {None: _on_device(full, device)}
     for window in set(methods.windows) - {None}:
         plan = tiles.plan_window(layout, mesh.ring.rank, documents, window) if window < longest else None

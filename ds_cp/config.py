@@ -40,9 +40,10 @@ class Config(BaseModel):
     linear_attention: Literal["auto", "heads", "state"] = "auto"
     """How Gated DeltaNet layers are sharded: `heads` over all ranks that share a row, or `state` passed along the ring with heads
     over ulysses, for more ranks than value heads. "auto" is heads where there are enough."""
-    ring_impl: Literal["p2p", "allgather"] = "p2p"
+    ring_impl: Literal["auto", "p2p", "allgather"] = "auto"
     """How key/value blocks reach the other ring ranks: hop by hop behind the computation, or gathered at once, which means
-    fewer kernel calls and a whole row of keys and values in memory: for short rows over fast links."""
+    fewer kernel calls and a whole row of keys and values in memory. "auto" gathers rows of one document that are so short that
+    launching a hop's kernels takes longer than running them; on CPU none."""
     attention_head_chunks: Degree | Auto = "auto"
     """Head groups that go through the all-to-all one after another; 1 sends all at once. "auto" is 1."""
     comm_timeout_s: Annotated[int, Field(ge=1, strict=True)] = 1800

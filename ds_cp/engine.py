@@ -173,10 +173,12 @@ def methods_of(block: Config, model: nn.Module, degrees: topology.Topology, dtyp
     """
     shapes = checks.linear_shapes(model)
     linear = topology.resolve_linear(block.linear_attention, degrees, linear_heads(model))
+    split = topology.split_heads(degrees.ulysses, *checks.heads(model)[0])
     return Methods(
         attention=kernel_of(block, model),
         layout=block.layout,
-        gathered=block.ring_impl == "allgather",
+        ring_impl=block.ring_impl,
+        gathered_tokens=choice.gathered_tokens(split.query, _head_size(model), get_accelerator().device_name()),
         beside=torch.cuda.Stream() if get_accelerator().device_name() == "cuda" else None,
         delta=_delta_kernel(block, shapes, dtype, passing=linear == "state" and degrees.ring > 1) if shapes else None,
         linear=linear,
@@ -202,18 +204,22 @@ def _delta_kernel(block: Config, shapes: list[deltas.Shapes], dtype: torch.dtype
 def _wrong_kernel(methods: Methods, model: nn.Module, degrees: topology.Topology, dtype: torch.dtype) -> str | None:
     """What the attention kernel computes wrong on this rank, of what the model will ask of it."""
     config = model.config.get_text_config()
-    query, kv = checks.heads(model)[0]
-    split = topology.split_heads(degrees.ulysses, query, kv)
+    split = topology.split_heads(degrees.ulysses, *checks.heads(model)[0])
     asked = probe.Asked(
         query_heads=split.query,
         kv_heads=split.kv,
-        head_size=getattr(config, "head_dim", None) or config.hidden_size // query,
+        head_size=_head_size(model),
         windows=methods.windows,
         softcap=getattr(config, "attn_logit_softcapping", None),
         rectangles=degrees.ring > 1,
     )
     found = probe.wrong(methods.attention, asked, dtype, torch.device(get_accelerator().current_device_name()))
     return found and f"sequence_parallel.attention_kernel: {found}; name another kernel, or install another version of its package"
+
+
+def _head_size(model: nn.Module) -> int:
+    config = model.config.get_text_config()
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def kernel_of(block: Config, model: nn.Module) -> Kernel:
@@ -247,7 +253,7 @@ def print_table(block: Config, mesh_: Mesh, methods: Methods, model: PreTrainedM
         "ring_size": degrees.ring,
         "layout": layout.describe(block.layout),
         "attention_kernel": choice.describe(methods.attention),
-        "ring_impl": block.ring_impl,
+        "ring_impl": _describe_ring(methods, degrees.ring),
         "loss_reduction": "token_mean if counted, else mean" if block.loss_reduction == "auto" else block.loss_reduction,
         "loss_chunk": _describe_chunk(block, model),
         **_linear_rows(methods),
@@ -259,6 +265,14 @@ def print_table(block: Config, mesh_: Mesh, methods: Methods, model: PreTrainedM
         table.add_row(name, str(getattr(block, name)), str(value))
     table.add_row("data-parallel replicas", "", str(degrees.data))
     Console().print(table)
+
+
+def _describe_ring(methods: Methods, ring: int) -> str:
+    if methods.ring_impl != "auto":
+        return methods.ring_impl
+    if ring <= 2 or not methods.gathered_tokens:
+        return "p2p"
+    return f"allgather for one document of at most {ring * methods.gathered_tokens:,} tokens, else p2p"
 
 
 def _linear_rows(methods: Methods) -> dict[str, str]:

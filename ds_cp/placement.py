@@ -32,8 +32,10 @@ class Methods:
     attention: Kernel
     layout: str
     """A layout of `ds_cp.layout`; "auto" goes by each row's documents."""
-    gathered: bool
-    """The ring gathers keys and values at once instead of passing them on (`ring_impl: allgather`)."""
+    ring_impl: Literal["auto", "p2p", "allgather"] = "p2p"
+    """Keys and values go from rank to rank, or are gathered at once; "auto" goes by each row."""
+    gathered_tokens: int = 0
+    """Of "auto": a row of one document is gathered where a ring rank has at most so many tokens of it."""
     beside: torch.cuda.Stream | None = None
     """A second stream for the kernels of neighbouring ring steps; None: one after another."""
     delta: deltas.Kernel | None = None

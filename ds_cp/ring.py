@@ -100,7 +100,7 @@ class RingAttention(torch.autograd.Function):
         if plan.halo is not None:
             dkv = _backward_halo(sums, k, v, context, plan)
         else:
-            dkv = (_backward_gathered if context.methods.gathered else _backward_hops)(sums, k, v, context, plan)
+            dkv = (_backward_gathered if plan.gathered else _backward_hops)(sums, k, v, context, plan)
         return sums.dq(), *dkv.unbind(), dsink, None, None, None
 
 
@@ -296,7 +296,7 @@ def _blocks(
             yield turn, halo.unbind(1), (tile,)
         return
     block = torch.stack((k, v))
-    if context.methods.gathered:
+    if plan.gathered:
         row = block.new_empty((2, context.layout.length, *block.shape[2:]))
         everyone = comm.Gather(_own_slots(block, context), _by_slot(row, context), context.mesh.ring.group)
         yield 0, block, steps[0]

@@ -93,6 +93,8 @@ class Plan:
     """By ring rank: hops that its block makes until no later rank needs it. The same on every rank."""
     halo: Halo | None = None
     """Of a windowed layer with neighbours: what travels instead of blocks."""
+    gathered: bool = False
+    """Two steps: the own tokens, then everybody's keys and values at once (`ring_impl: allgather`)."""
 
 
 def plan(layout: Layout, ring_rank: int, documents: Sequence[int]) -> Plan:
@@ -128,14 +130,14 @@ def plan_gathered(layout: Layout, ring_rank: int, documents: Sequence[int]) -> P
         for q_start, q_end, first, start in _reaching(mine, documents)
         for a, b in _gathered_keys(first, start, layout.chunk, places)
     ]
-    return Plan(((_own(mine, everywhere),), tuple(before)), reach)
+    return Plan(((_own(mine, everywhere),), tuple(before)), reach, gathered=True)
 
 
 def plan_window(layout: Layout, ring_rank: int, documents: Sequence[int], window: int) -> Plan:
     """The tiles of a layer in which a query attends `window` keys, its own included: own runs of chunks, then what is before each.
 
     A run is of chunks that follow one another. Its first `window - 1` queries of a document that reaches into it meet the last
-    `window - 1` tokens of that document before it: one banded rectangle a run.
+    `window - 1` tokens of that document before it: one banded rectangle a run, and a plain one before it where there are fewer.
     """
     mine = layout.ring_ranges(ring_rank)
     runs = _runs(mine)
@@ -146,11 +148,22 @@ def plan_window(layout: Layout, ring_rank: int, documents: Sequence[int], window
         for first, last in _before_runs([(start, end)], documents, window):
             k_start = _place(needed, first)
             queries = min(end, documents[_document_of(start, documents) + 1], start + window - 1) - start
-            keys = last - first
-            tiles.append(Tile(offset, offset + queries, k_start, k_start + keys, window=window, ahead=keys))
+            tiles += _bands(offset, queries, k_start, last - first, window)
         offset += end - start
     halo = _halo(layout, ring_rank, documents, window, needed)
     return Plan(((own,), tuple(tiles)), halo=halo) if tiles or halo.sent else Plan(((own,),))
+
+
+def _bands(q_start: int, queries: int, k_start: int, keys: int, window: int) -> list[Tile]:
+    """The first queries see all of few keys, and FlashAttention-2 and 3 cannot be told that of a band of more queries than keys."""
+    seeing_all, k_end, tiles = min(max(window - keys, 0), queries), k_start + keys, []
+    if queries > keys:
+        tiles.append(Tile(q_start, q_start + seeing_all, k_start, k_end))
+    else:
+        seeing_all = 0
+    if seeing_all < queries:
+        tiles.append(Tile(q_start + seeing_all, q_start + queries, k_start, k_end, window=window, ahead=keys + seeing_all))
+    return tiles
 
 
 def _halo(layout: Layout, ring_rank: int, documents: Sequence[int], window: int, needed: list[Range]) -> Halo:

@@ -10,6 +10,7 @@ time that cuDNN would have saved has reached the price of the plan (the ski-rent
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor
@@ -27,6 +28,14 @@ PICOSECONDS_SAVED: Mapping[int, tuple[float, float]] = {64: (0.9e-3, 0.7e-3), 12
 
 SMALL_FLOPS = 8e9
 """Forward FLOPs of a tile below which torch_flash is faster than flash-attn's front end (not than what flash4_hopper launches)."""
+
+HOP_FLOPS = 40e9
+"""Forward FLOPs of a hop's tile below which gathering a row's keys at once is faster than hops: their launches take longer."""
+
+
+def gathered_tokens(query_heads: int, head_size: int, device: str) -> int:
+    """Up to so many tokens of a ring rank, of one document, hops have fewer FLOPs than HOP_FLOPS. 0 where that was not measured."""
+    return math.isqrt(int(HOP_FLOPS / (2 * query_heads * head_size))) if device == "cuda" else 0
 
 
 def flops(q_TNH: Tensor, tile: Tile) -> float:

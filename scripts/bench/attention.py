@@ -10,10 +10,11 @@ exact    every rank of a ring in lockstep: relative error |x - x_64| / |x_64| of
 speed    ds_cp.ring.RingAttention of the slowest of ranks 0, R // 2, R - 1, one document, zigzag. "efficiency": the time of the
          same kernel on the whole row, divided by R and by the ring's time. "x_rfa", "x_recomp": how many times longer two peers'
          algorithms take on `--peer-kernel` (ring_peers.py says what they are)
-packed   log-normal documents: every rank one after another, beside the varlen kernel on the whole row / R. Then steps on rows
-         whose documents no kernel has met ("new"), the same rows again ("again") and a typical one over and over ("same"),
-         planning included, by the host's clock
+packed   rows of several documents, new ones at every step: every rank one after another, the busiest and the mean, beside the
+         varlen kernel on the whole row / R. Then steps on rows whose documents no kernel has met ("new"), the same rows again
+         ("again") and a typical one over and over ("same"), planning included, by the host's clock
 tiles    single calls, for the table behind `attention_kernel: auto`
+batches  several rectangles of a step: a call each, on one stream and on two, against one varlen call
 
 Time is between CUDA events: the median of as many calls as fit into --seconds, the host running ahead as in training. A hop is
 a copy of the rank's own block on a stream of its own (ring_wire.py): its traffic in memory is there, time on the network is
@@ -26,10 +27,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import math
-import statistics
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -40,6 +38,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a plain checkout needs no installation
 
 import ring_wire
+from ring_batches import batches
+from ring_packed import packed
 from ring_peers import PEERS
 from ring_rank import (
     Row,
@@ -51,10 +51,7 @@ from ring_rank import (
     inputs,
     loop,
     measure,
-    ours,
     resolve,
-    ring_context,
-    synchronized,
 )
 from ring_report import Book, draw, tables
 
@@ -63,7 +60,7 @@ from ds_cp.kernels.attention import Kernel, reference
 from ds_cp.tiles import Tile
 
 KERNELS = {"cuda": ("flash_attn", "torch_cudnn", "torch_flash", "auto"), "cpu": ("torch_cpu",)}
-SECTIONS = ("exact", "speed", "packed", "tiles")
+SECTIONS = ("exact", "speed", "packed", "tiles", "batches")
 PARTS = ("out", "dq", "dk", "dv")
 DEFAULTS = {  # in full, --quick, --tiny
     "lengths": ([32768, 131072, 262144], [32768, 131072], [128, 256]),
@@ -76,6 +73,14 @@ DEFAULTS = {  # in full, --quick, --tiny
     "packed_tokens": (131072, 131072, 512),
     "packed_ring": (8, 8, 2),
     "rows": (20, 8, 3),
+    "packed_kinds": (["log-normal", "mixture", "half"], ["log-normal", "mixture", "half"], ["log-normal", "mixture", "half"]),
+    "packed_layouts": (["balanced", "zigzag"], ["balanced"], ["balanced", "zigzag"]),
+    "batch_counts": ([2, 4], [2, 4], [2]),
+    "batch_shapes": (
+        [(256, 512), (512, 512), (1024, 1024), (2048, 2048), (4096, 4096)],
+        [(512, 512), (1024, 1024), (2048, 2048), (4096, 4096)],
+        [(16, 32)],
+    ),
     "tile_heads": ([(4, 1), (8, 2), (32, 8)], [(4, 1), (32, 8)], [(4, 1)]),
     "tile_sizes": ([64, 128, 256], [128], [16]),
     "tile_queries": ([512, 1024, 2048, 4096, 8192], [512, 2048, 8192], [32]),
@@ -210,76 +215,6 @@ def large_kernel(name: str, args: argparse.Namespace) -> str:
     return getattr(kernel, "large", kernel).__name__.split(".")[-1]
 
 
-# packed
-
-
-def packed(book: Book, args: argparse.Namespace) -> None:
-    wire, size = ring_wire.Wire(args.device), args.packed_ring
-    documents = row_of_documents(args.packed_tokens, 0)
-    places = [axis(wire, size, r) for r in range(size)]
-    for name in args.kernels:
-        head: Row = {"tokens": args.packed_tokens, "ring": size, "documents": len(documents) - 1, "kernel": name}
-        row = book.row("packed", head | {"contender": "whole row / R"}, whole_row_share, args, name, documents, size)
-        for impl in args.impls:
-            book.row("packed", head | {"contender": f"ring {impl}"}, every_rank, args, name, impl, documents, places, row)
-    plans_last = sorted(args.kernels, key=lambda name: name == "torch_cudnn")  # whose plans `auto` would find
-    for name, impl in itertools.product(plans_last, args.impls):
-        head = {"tokens": args.packed_tokens, "ring": size, "documents": f"{args.rows} rows", "kernel": name}
-        book.row("packed", head | {"contender": f"ring {impl}"}, novelty, args, name, impl, places[-1])
-
-
-def whole_row_share(args: argparse.Namespace, name: str, documents: list[int], size: int) -> Row:
-    row = whole_row(args, name, documents)
-    return row | {"calls": 1, "mean_ms": row["total_ms"] / size}
-
-
-def every_rank(args: argparse.Namespace, name: str, impl: str, documents: list[int], places: list[Any], whole: Row) -> Row:
-    found = {place.rank: one_rank(args, f"ring {impl}", name, documents, place) for place in places}
-    calls = [sum(map(len, ring_context(args, None, documents, place, impl).plans[None].steps)) for place in places]
-    times = [row["total_ms"] for row in found.values()]
-    row: Row = {"busiest_ms": max(times), "mean_ms": statistics.mean(times), "calls": max(calls), "calls_by_rank": calls}
-    if "mean_ms" in whole:
-        row["efficiency"] = whole["mean_ms"] / row["busiest_ms"]
-    return row | {"all_ranks": found}
-
-
-def row_of_documents(tokens: int, seed: int) -> list[int]:
-    """Boundaries; the lengths are log-normal, median 1/64 of the row, a factor of 3.3 one standard deviation."""
-    generator, bounds = torch.Generator().manual_seed(seed), [0]
-    while bounds[-1] < tokens:
-        length = tokens / 64 * math.exp(1.2 * torch.randn((), generator=generator).item())
-        bounds.append(min(bounds[-1] + max(int(length), 1), tokens))
-    return bounds
-
-
-def novelty(args: argparse.Namespace, name: str, impl: str, place: Any) -> Row:
-    """Milliseconds a step, planning included, by the host's clock. Same rows for every kernel."""
-    kernel, tensors = resolve(name, args), inputs(args, args.packed_tokens // place.size, args.heads, args.size)
-    rows = [row_of_documents(args.packed_tokens, seed) for seed in range(1, 4 + args.rows)]
-
-    def steps(rows: list[list[int]]) -> float:
-        start = synchronized(args.device)
-        for documents in rows:
-            forward, backward = ours(ring_context(args, kernel, documents, place, impl), tensors)
-            backward(forward())
-        return (synchronized(args.device) - start) * 1000 / len(rows)
-
-    def pairs(documents: list[int]) -> int:
-        return sum(tile.pairs for step in ring_context(args, None, documents, place, impl).plans[None].steps for tile in step)
-
-    steps(rows[:3])  # compiles
-    rows = rows[3:]
-    typical = sorted(rows, key=pairs)[len(rows) // 2]
-    found: Row = {"new_ms": steps(rows), "again_ms": steps(rows)}
-    steps([typical] * 2)
-    found["same_ms"] = steps([typical] * len(rows))
-    start = time.perf_counter()
-    for documents in rows:
-        ring_context(args, None, documents, place, impl)
-    found["plan_ms"] = (time.perf_counter() - start) * 1000 / len(rows)
-    return found | {"new/again": found["new_ms"] / found["again_ms"], "new/same": found["new_ms"] / found["same_ms"]}
-
-
 # tiles
 
 
@@ -332,6 +267,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--exact-ring", type=int, help="(8)")
     parser.add_argument("--packed-tokens", type=int, help="(131072)")
     parser.add_argument("--packed-ring", type=int, help="(8)")
+    parser.add_argument("--packed-kinds", nargs="+", help="(log-normal mixture half)")
+    parser.add_argument("--packed-layouts", nargs="+", help="(balanced zigzag)")
+    parser.add_argument(
+        "--novelty", action=argparse.BooleanOptionalAction, default=True, help="packed: new rows against the same again"
+    )
     parser.add_argument("--rows", type=int, help="packed: rows with documents of their own (20)")
     parser.add_argument("--tile-heads", type=heads, nargs="+", help="(4/1 8/2 32/8)")
     parser.add_argument("--tile-sizes", type=int, nargs="+", help="(64 128 256)")
@@ -346,7 +286,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--png", type=Path, help="draw efficiency over length here")
     args = parser.parse_args()
     for key, values in DEFAULTS.items():
-        if getattr(args, key) is None:
+        if getattr(args, key, None) is None:
             setattr(args, key, values[2 if args.tiny else 1 if args.quick else 0])
     args.dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
     args.peer_kernel = args.peer_kernel or ("torch_flash" if args.device == "cuda" else "torch_cpu")
@@ -364,7 +304,8 @@ def announce(section: str, args: argparse.Namespace) -> None:
     rows, seconds = {
         "exact": (2 * kernels * (1 + impls) + peers, 1.0),
         "speed": (len(args.lengths) * (kernels + rings * (peers + kernels * impls)), 1.5 * ranks * args.seconds),
-        "packed": (kernels * (1 + 2 * impls), 1.5 * args.packed_ring * args.seconds),
+        "packed": (len(args.packed_kinds) * kernels * (1 + impls * len(args.packed_layouts)), 0.5 * args.rows),
+        "batches": (6 * len(args.batch_counts) * len(args.batch_shapes), 3 * args.tile_seconds),
         "tiles": (tiles * kernels, 3 * args.tile_seconds),
     }[section]
     print(f"{section}: {rows} rows, about {rows * seconds:.0f} s without compilation", flush=True)
@@ -389,7 +330,7 @@ def main() -> None:
         ring_wire.install()
         book = Book(args)
         print(json.dumps(book.about), flush=True)
-        run = {"exact": exact, "speed": speed, "packed": packed, "tiles": single_tiles}
+        run = {"exact": exact, "speed": speed, "packed": packed, "tiles": single_tiles, "batches": batches}
         for section in args.sections:
             announce(section, args)
             run[section](book, args)

@@ -204,7 +204,7 @@ def synchronize(device: str) -> None:
 
 def run(args: argparse.Namespace) -> None:
     rows: list[Row] = []
-    for ranks, name in [(1, "whole"), *((ranks, name) for ranks in args.ranks for name in args.contenders)]:
+    for ranks, name in [(1, "whole"), *((ranks, name) for name in args.contenders for ranks in args.ranks)]:
         row: Row = {"contender": name, "ranks": ranks}
         try:
             row |= measure(args, name, ranks)

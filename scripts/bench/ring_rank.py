@@ -18,8 +18,8 @@ import torch
 from ring_peers import PEERS
 from torch import Tensor
 
+from ds_cp import balance, tiles
 from ds_cp import layout as layouts
-from ds_cp import tiles
 from ds_cp.kernels import choice
 from ds_cp.kernels.attention import Kernel, Score
 from ds_cp.ring import RingAttention
@@ -137,14 +137,16 @@ def on_device(args: argparse.Namespace, own: Tile) -> Tile:
     return replace(own, cu_seqlens=bounds.to("cuda", non_blocking=True))
 
 
-def ring_context(args: argparse.Namespace, kernel: Kernel, documents: Sequence[int], axis: Any, impl: str) -> Any:
+def ring_context(
+    args: argparse.Namespace, kernel: Kernel, documents: Sequence[int], axis: Any, impl: str, name: str = "zigzag"
+) -> Any:
     """The part of a SequenceContext that the ring reads. Plans the tiles."""
-    layout = layouts.build("zigzag", documents[-1], axis.size, 1)
-    gathered = impl == "allgather"
-    plan = (tiles.plan_gathered if gathered else tiles.plan)(layout, axis.rank, documents)
+    layout = layouts.build(name, documents[-1], axis.size, 1, documents)
+    documents = balance.padded(documents, layout.length)
+    plan = (tiles.plan_gathered if impl == "allgather" else tiles.plan)(layout, axis.rank, documents)
     (own,), *rest = plan.steps
     plan = replace(plan, steps=((on_device(args, own),), *rest))
-    methods = SimpleNamespace(attention=kernel, gathered=gathered, beside=axis.group.beside if args.lanes else None)
+    methods = SimpleNamespace(attention=kernel, beside=axis.group.beside if args.lanes else None)
     return SimpleNamespace(methods=methods, plans={None: plan}, layout=layout, mesh=SimpleNamespace(ring=axis))
 
 

@@ -20,8 +20,9 @@ from ring_rank import Row
 COLUMNS = {
     "exact": "documents kernel contender out dq dk dv ratio outcome",
     "speed": "tokens ring kernel contender rank forward_ms backward_ms total_ms extra_mib efficiency x_rfa x_recomp outcome",
-    "packed": "kernel contender documents calls busiest_ms mean_ms efficiency "
+    "packed": "kernel contender documents calls busiest_ms mean_ms busiest/mean worst/mean busiest/whole worst/whole "
     "new_ms again_ms new/again same_ms new/same plan_ms outcome",
+    "batches": "kernel count q k contender forward_us backward_us outcome",
     "tiles": "heads size kind q k kernel forward_us backward_us forward_first_s backward_first_s outcome",
 }
 

@@ -123,7 +123,6 @@ class Lockstep:
     def __init__(self, size: int) -> None:
         self.size, self.turn = size, Lock()
         self.queues: dict[tuple[int, int, str], queue.Queue[Parcel]] = defaultdict(queue.Queue)
-        self.beside = torch.cuda.Stream() if torch.cuda.is_available() else None
         self.failure: BaseException | None = None
 
     def run(self, one: Callable[[int, Seat], Result]) -> list[Result]:
@@ -147,7 +146,8 @@ class Seat:
     """A `Group` as one rank of a `Lockstep` sees it."""
 
     def __init__(self, ring: Lockstep, rank: int) -> None:
-        self._ring, self._rank, self.beside = ring, rank, ring.beside
+        self._ring, self._rank = ring, rank
+        self.beside = torch.cuda.Stream() if torch.cuda.is_available() else None  # what a rank frees, another must not get
 
     def hop(self, sent: Sends, received: Sends, what: str) -> list[Wait]:
         for x, peer in sent:

@@ -102,7 +102,7 @@ def attention_traffic(ulysses: int, ring: int, kv_heads: int) -> dict[str, list[
 
 def _context(axes: mesh.Mesh, linear: str, lengths: list[int]) -> batches.SequenceContext:
     methods = batches.Methods(
-        attention=attention.load("torch_cpu"), layout="zigzag", gathered=False, delta=kernels.load("reference"), linear=linear
+        attention=attention.load("torch_cpu"), layout="zigzag", delta=kernels.load("reference"), linear=linear
     )
     batch = jobs.rows(1, sum(lengths))[0]
     batch["position_ids"] = torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0)

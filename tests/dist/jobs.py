@@ -509,7 +509,7 @@ def _attention_inputs(
 ) -> tuple[Any, Any, list[torch.Tensor]]:
     """(mesh, context, q, k, v as HF hands them over) for 8 query heads of 16 and one row."""
     axes = mesh.build(Topology(ulysses=ulysses, ring=ring, data=1), timeout_s=60)
-    methods = batches.Methods(attention=kernels.load(kernel), layout="zigzag", gathered=False, windows=(window,))
+    methods = batches.Methods(attention=kernels.load(kernel), layout="zigzag", windows=(window,))
     _, context = batches.prepare(rows(1, length)[0], axes, methods, torch.device("cpu"))
     tokens = length // (ulysses * ring)
     shapes = [(1, tokens, heads, 16) for heads in (8, kv_heads, kv_heads)]

@@ -1,4 +1,7 @@
-"""GPU tests run where there is a CUDA device, and are skipped where there is none."""
+"""GPU tests run where there is a CUDA device, and are skipped where there is none.
+
+With pytest-xdist (`-n 12 --dist loadgroup`) variants of a test with one kernel and head size share a worker and what it compiles.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,17 @@ import pytest
 import torch
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    workers = config.pluginmanager.hasplugin("xdist")
     for item in items:
         if "gpu" in item.path.parts:
             item.add_marker(pytest.mark.gpu)
             if not torch.cuda.is_available():
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+            if workers:
+                item.add_marker(pytest.mark.xdist_group(_compiled(item)))
+
+
+def _compiled(item: pytest.Item) -> str:
+    given = item.callspec.params if hasattr(item, "callspec") else {}
+    return " ".join(str(x) for x in (item.originalname, *(given.get(key) for key in ("name", "size", "softcap"))))

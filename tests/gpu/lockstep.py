@@ -112,7 +112,7 @@ def ring(
     plan: layout.Layout | None = None,
     window: int | None = None,
     sink: Tensor | None = None,
-    beside: Any = None,
+    lanes: bool = False,
 ) -> dict[str, Tensor]:
     """out, dq, dk, dv of the whole row, [S, heads, H], computed by `size` ring ranks, on zigzag chunks if no layout is given."""
     monkeypatch.setattr(comm, "Hop", LocalHop)
@@ -131,7 +131,8 @@ def ring(
             found = (tiles.plan_gathered if gathered else tiles.plan)(plan, rank, documents)
         else:
             found = tiles.plan_window(plan, rank, documents, window)
-        methods = SimpleNamespace(attention=kernel, gathered=gathered, beside=beside)
+        beside = torch.cuda.Stream() if lanes else None  # its own: what a rank frees, another must not be given
+        methods = SimpleNamespace(attention=kernel, beside=beside)
         context = SimpleNamespace(methods=methods, layout=plan, mesh=mesh)
         with group.turn:
             out = RingAttention.forward(ctx, *(x[index[rank]] for x in (q, k, v)), sink, context, found, score)

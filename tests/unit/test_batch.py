@@ -21,7 +21,7 @@ from ds_cp.mesh import AxisGroup, Mesh
 from ds_cp.topology import AXES, Topology
 
 CPU = torch.device("cpu")
-METHODS = batches.Methods(attention=SimpleNamespace(), layout="zigzag", gathered=False)  # a kernel that is carried, not called
+METHODS = batches.Methods(attention=SimpleNamespace(), layout="zigzag")  # a kernel that is carried, not called
 HIDDEN = 3
 MESHES = ((1, 1), (2, 1), (1, 2), (2, 2), (1, 4), (4, 2), (3, 3))
 
@@ -481,3 +481,26 @@ def test_a_weight_that_is_not_a_number_does_not_count_where_there_is_no_target()
     batch["labels"][:, 3] = IGNORE
     weights = torch.ones(1, 8).index_fill(1, torch.tensor([3]), float("nan"))
     assert float(batches.count_targets({**batch, "loss_weights": weights})) == 6
+
+
+@pytest.mark.parametrize(
+    ("impl", "ring", "lengths", "wanted"),
+    [
+        ("auto", 4, [32], True),
+        ("auto", 4, [31], True),  # padded to 32
+        ("auto", 4, [40], False),
+        ("auto", 4, [16, 16], False),
+        ("auto", 2, [16], False),
+        ("p2p", 4, [32], False),
+        ("allgather", 4, [320], True),
+        ("allgather", 2, [16, 16], True),
+    ],
+)
+def test_auto_gathers_short_rows_of_one_document_on_more_than_two_ranks(
+    impl: str, ring: int, lengths: list[int], wanted: bool
+) -> None:
+    methods = replace(METHODS, ring_impl=impl, gathered_tokens=8)
+    batch = {"input_ids": torch.arange(sum(lengths)).unsqueeze(0), "seq_lens": torch.tensor(lengths)}
+    for mesh in meshes(1, ring):
+        _, context = batches.prepare(batch, mesh, methods, CPU)
+        assert context.plans[None].gathered == wanted

@@ -114,3 +114,11 @@ def test_ranks_differ_where_the_form_of_their_sums_does() -> None:
 def test_the_choice_is_described_in_one_phrase() -> None:
     assert choice.describe(torch_cpu) == "torch_cpu"
     assert choice.describe(choice.Auto(large(), PLAIN, plans=True)) == "large for shapes that recur, plain for the rest"
+
+
+def test_hops_shorter_than_measured_ones_are_gathered() -> None:
+    """Of a ring rank with T tokens: T x T / 2 pairs a hop."""
+    tokens = choice.gathered_tokens(32, 128, "cuda")
+    assert 4 * 32 * 128 * tokens**2 / 2 <= choice.HOP_FLOPS < 4 * 32 * 128 * (tokens + 1) ** 2 / 2
+    assert choice.gathered_tokens(8, 128, "cuda") in (2 * tokens, 2 * tokens + 1), "as much work with a quarter of the heads"
+    assert choice.gathered_tokens(32, 128, "cpu") == 0

@@ -120,7 +120,7 @@ def alone() -> Mesh:
 
 def attached(model: PreTrainedModel, kernel: str = "torch_cpu", **settings: Any) -> attach.Handle:
     delta = deltas.load("reference") if checks.linear_shapes(model) else None
-    methods = Methods(attention=kernels.load(kernel), layout="zigzag", gathered=False, delta=delta, windows=checks.windows(model))
+    methods = Methods(attention=kernels.load(kernel), layout="zigzag", delta=delta, windows=checks.windows(model))
     handle = attach.Handle(model, alone(), methods, CausalLMLoss("mean", divisor=lambda: 1), **settings)
     handle.apply()
     return handle

@@ -71,6 +71,15 @@ def cuda_half_reason(q_TNH: Tensor, k_SMH: Tensor, v_SMH: Tensor) -> str | None:
     return None
 
 
+def high_band_reason(q_TNH: Tensor, k_SMH: Tensor, tile: Tile) -> str | None:
+    """What FlashAttention-2 and 3 compute wrong: they bound every window to the right, by the number of keys if by nothing else."""
+    if tile.window is None or tile.causal or len(q_TNH) <= len(k_SMH) + 1:
+        return None
+    return (
+        f"a window over a rectangle of {len(q_TNH)} queries and fewer keys, {len(k_SMH)}; cut it, or use flash_attn 4 or reference"
+    )
+
+
 def names() -> list[str]:
     """All kernels in the folder."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__))

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ds_cp.kernels.attention import Score, cuda_half_reason
+from ds_cp.kernels.attention import Score, cuda_half_reason, high_band_reason
 from ds_cp.kernels.flash4_hopper import FEWEST_TOKENS, HopperSums, Launcher
 from ds_cp.kernels.sums import Backward, Sums
 from ds_cp.tiles import Tile
@@ -179,7 +179,7 @@ def unsupported(q_TNH: Tensor, k_SMH: Tensor, v_SMH: Tensor, tile: Tile, score: 
         return f"flash-attn 4's dq is wrong on Hopper for head sizes like {size}, that fill an odd number of 16s; use torch_flash"
     if VERSION == 4 and capability in (10, 11) and size > 128 and size != 256:
         return f"flash-attn 4 on Blackwell takes head sizes up to 128 and 256, got {size}; use torch_flash"
-    return None
+    return high_band_reason(q_TNH, k_SMH, tile) if VERSION < 4 else None
 
 
 def forward(q_TNH: Tensor, k_SMH: Tensor, v_SMH: Tensor, tile: Tile, score: Score) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ds_cp.kernels.attention import Score, cuda_half_reason
+from ds_cp.kernels.attention import Score, cuda_half_reason, high_band_reason
 from ds_cp.tiles import Tile
 
 _forward = torch.ops.aten._flash_attention_forward
@@ -19,7 +19,7 @@ _backward = torch.ops.aten._flash_attention_backward
 def unsupported(q_TNH: Tensor, k_SMH: Tensor, v_SMH: Tensor, tile: Tile, score: Score) -> str | None:
     if score.softcap is not None:
         return "it has no softcap; use flash_attn or reference"
-    return cuda_half_reason(q_TNH, k_SMH, v_SMH)
+    return cuda_half_reason(q_TNH, k_SMH, v_SMH) or high_band_reason(q_TNH, k_SMH, tile)
 
 
 def forward(q_TNH: Tensor, k_SMH: Tensor, v_SMH: Tensor, tile: Tile, score: Score) -> tuple[Tensor, Tensor]:
