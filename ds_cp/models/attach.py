@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from ds_cp import batch as batches
-from ds_cp import comm
 from ds_cp.attention import attend
 from ds_cp.batch import Methods, SequenceContext
 from ds_cp.kernels.attention import Score
@@ -28,6 +27,7 @@ from ds_cp.loss import CausalLMLoss
 from ds_cp.mesh import Mesh
 from ds_cp.models import family_of, lm_head, mlp
 from ds_cp.models.checks import token_mixers
+from ds_cp.models.same_row import SameRow
 from ds_cp.offload import Offload
 
 IMPLEMENTATION = "ds_cp"  # must not hold "flash": transformers branches on that substring
@@ -76,6 +76,7 @@ class Handle:
         self._head.apply()
         self._mlps = mlp.Door(self.model, self.tiled_mlp)
         self._mlps.apply()
+        self._same_row = SameRow(self.mesh)
         self._offload = Offload() if self.activation_offload else None
         family = family_of(self.model.config)
         undo = [family.attach(module) for module in family.mixers(self.model).values()] if family else []
@@ -117,8 +118,7 @@ class Handle:
         given = {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
         _refuse_keywords(given)
         device = next(module.parameters()).device
-        if not self._checked:
-            check_same_row(given, self.mesh, device)
+        self._same_row.check(given, device)
         census = None if self._checked else Census()
         asked = {key: given.pop(key, None) for key in lm_head.CALL_KEYS}
         local, context = batches.prepare(given, self.mesh, self.methods, device, census)
@@ -209,30 +209,6 @@ def find(model: nn.Module) -> PreTrainedModel | nn.Module:
 def handle_of(model: nn.Module) -> Handle | None:
     """The handle of an attached model, also through an engine or a wrapper."""
     return next((getattr(m, HANDLE) for m in model.modules() if HANDLE in m.__dict__), None)
-
-
-def check_same_row(given: dict[str, Any], mesh: Mesh, device: torch.device) -> None:
-    """Raises on every rank of a seq group if its ranks hold different rows."""
-    if mesh.seq.size == 1:
-        return
-    keys = sorted(k for k, v in given.items() if isinstance(v, Tensor) and v.ndim > 0)
-    prints = torch.stack([_fingerprint(k, given[k]) for k in keys]).sum(0).to(device)
-    everyone = comm.all_gather(prints, mesh.seq.group)
-    if bool((everyone == everyone[0]).all()):
-        return
-    table = [f"rank {rank} {row[0].item() & 0xFFFFFFFF:08x}" for rank, row in zip(mesh.seq.ranks, everyone, strict=True)]
-    raise ValueError(
-        f"batch: the ranks of one sequence group got different rows ({', '.join(table)}); give every rank of a group the same "
-        "row: shard the data by ds_cp.data_parallel_rank(), not by the global rank"
-    )
-
-
-def _fingerprint(key: str, x: Tensor) -> Tensor:
-    """A hash of name, shape and contents, int64[1], that ranks can compare."""
-    flat = x.detach().contiguous().view(-1).view(torch.uint8) if x.is_floating_point() else x.detach().flatten()
-    flat = flat.to(torch.int64)
-    weights = torch.arange(1, flat.numel() + 1, device=flat.device) * 0x9E3779B1 + sum(map(ord, key))
-    return (((flat + 1) * weights).sum() * 31 + sum((i + 1) * n for i, n in enumerate(x.shape))).reshape(1).cpu()
 
 
 def _refuse_keywords(given: dict[str, Any]) -> None:

@@ -367,6 +367,16 @@ def different_rows(block: dict[str, Any]) -> None:
     engine(**rows(1, 20, seed=torch.distributed.get_rank() // 3)[0])
 
 
+def different_rows_later(block: dict[str, Any], passes: int) -> None:
+    """The same rows in `passes` passes, then others on some ranks, of the same length."""
+    engine, _ = started(block)
+    for _ in range(passes):
+        engine(**rows(1, 20)[0])
+    batch = rows(1, 20)[0]
+    batch["labels"][0, 7] += torch.distributed.get_rank() // 3
+    engine(**batch)
+
+
 def bad_batch(block: dict[str, Any], key: str) -> None:
     engine, _ = started(block)
     batch = rows(1, 20)[0]

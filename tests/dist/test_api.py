@@ -111,6 +111,12 @@ def test_rows_that_differ_in_a_group_are_refused_on_every_rank_of_it(pool) -> No
     assert "the ranks of one sequence group got different rows" in refused(pool(4), jobs.different_rows, block=block(2, 2))
 
 
+@pytest.mark.parametrize("passes", [1, 2])
+def test_one_label_that_differs_later_is_refused_too(pool, passes: int) -> None:
+    message = refused(pool(4), jobs.different_rows_later, block=block(2, 2), passes=passes)
+    assert "the ranks of one sequence group got different rows (rank 0" in message
+
+
 BAD_BATCHES = {
     "labels": "labels has shape (1, 17), expected (1, 20)",
     "position_ids": "position_ids has shape (1, 17), expected (1, 20)",
