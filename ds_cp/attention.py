@@ -12,7 +12,8 @@ after it; of the output none before it and one that puts a token's heads side by
 In backward the same mirrored, and the gradients of q, k, v once more, to stand as q, k, v did.
 
 Where ranks hold other tokens than the ring works on (state passing in Gated DeltaNet layers wants contiguous pieces), the same two
-exchanges go over seq instead of ulysses and carry every token to the ring rank that works on it as well (`reshard`).
+exchanges go over seq instead of ulysses and carry every token to the ring rank that works on it as well (`reshard`). With
+`attention_head_chunks` all of it goes a group of heads at a time (`head_chunks`).
 
 Shapes: T local tokens, S tokens of the ring rank (U * T), N query heads, M key/value heads, H head size; n, m heads per rank.
 """
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from ds_cp import comm, reshard
 from ds_cp.batch import SequenceContext
+from ds_cp.head_chunks import AttentionByHeads
 from ds_cp.kernels.attention import Score
 from ds_cp.layout import Route
 from ds_cp.ring import RingAttention
@@ -67,6 +69,8 @@ def attend(
     rest = sink_N, context, plan, score
     if context.held.to_attention is not None:
         return _attend_elsewhere((q_TNH, k_TMH, v_TMH), context.held.to_attention, context, rest)
+    if context.methods.head_chunks > 1:
+        return AttentionByHeads.apply(q_TNH, k_TMH, v_TMH, *rest).unsqueeze(0)
     if ulysses.size == 1:
         return RingAttention.apply(q_TNH, k_TMH, v_TMH, *rest).unsqueeze(0)
     split = split_heads(ulysses.size, q_TNH.shape[1], k_TMH.shape[1])

@@ -45,7 +45,9 @@ class Config(BaseModel):
     fewer kernel calls and a whole row of keys and values in memory. "auto" gathers rows of one document that are so short that
     launching a hop's kernels takes longer than running them; on CPU none."""
     attention_head_chunks: Degree | Auto = "auto"
-    """Head groups that go through the all-to-all one after another; 1 sends all at once. "auto" is 1."""
+    """Groups of a rank's query heads that go through the all-to-all one after another, so that gathered queries and outputs of one
+    group only are in memory, for one more exchange of both in backward; 1 sends all at once. "auto" is as many as there are
+    (a group serves whole key/value heads or is served by one) with activation_offload and an all-to-all, else 1."""
     comm_timeout_s: Annotated[int, Field(ge=1, strict=True)] = 1800
     """Seconds after which a hop or all-to-all that has not finished ends the run."""
     profile: bool = False
@@ -59,9 +61,10 @@ class Config(BaseModel):
     """What the gradient is the gradient of. "auto" is token_mean where `num_items_in_batch` is given, else mean."""
     loss_chunk: Count | Auto = "auto"
     """Tokens per logits tile: the loss is computed tile by tile and `out.logits` is None (`return_logits=True` keeps them); 0
-    materialises the logits. "auto" takes tiles of 256 MiB of fp32 logits, and whole logits where a shard's are no larger."""
+    materialises the logits. "auto" takes tiles of 256 MiB of logits, and whole logits where a shard's are no larger."""
     tiled_mlp: bool | Auto = "auto"
-    """Compute MLPs in tiles of as many tokens as the hidden size, for one more forward of each MLP. "auto" is off."""
+    """Compute MLPs and the norms of layers in tiles of as many tokens as the hidden size, for one more forward of each. "auto" is
+    off."""
     activation_offload: bool = False
     """Keep the inputs of checkpointed layers in pinned host memory until backward needs them."""
 
@@ -91,7 +94,6 @@ class Config(BaseModel):
 
 
 THIS_VERSION: Mapping[str, tuple[Any, ...]] = {
-    "attention_head_chunks": ("auto", 1),
     "profile": (False,),
 }
 """Values that this version implements, for the fields whose other values come with a later one."""

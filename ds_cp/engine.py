@@ -174,15 +174,19 @@ def methods_of(block: Config, model: nn.Module, degrees: topology.Topology, dtyp
     shapes = checks.linear_shapes(model)
     linear = topology.resolve_linear(block.linear_attention, degrees, linear_heads(model))
     split = topology.split_heads(degrees.ulysses, *checks.heads(model)[0])
+    passing = linear == "state" and degrees.ring > 1 and bool(shapes)
     return Methods(
         attention=kernel_of(block, model),
         layout=block.layout,
         ring_impl=block.ring_impl,
         gathered_tokens=choice.gathered_tokens(split.query, _head_size(model), get_accelerator().device_name()),
         beside=torch.cuda.Stream() if get_accelerator().device_name() == "cuda" else None,
-        delta=_delta_kernel(block, shapes, dtype, passing=linear == "state" and degrees.ring > 1) if shapes else None,
+        delta=_delta_kernel(block, shapes, dtype, passing) if shapes else None,
         linear=linear,
         windows=checks.windows(model),
+        head_chunks=topology.resolve_head_chunks(
+            block.attention_head_chunks, degrees, checks.heads(model), passing, least_memory=block.activation_offload
+        ),
     )
 
 
@@ -234,8 +238,7 @@ def _describe_chunk(block: Config, model: PreTrainedModel) -> str:
     head = model.get_output_embeddings()
     if block.loss_chunk != "auto" or head is None:
         return str(block.loss_chunk)
-    tile = lm_head.auto_tile(lm_head.vocabulary(head))
-    return f"{tile} for shards of more tokens, else whole logits"
+    return f"tiles of {lm_head.TILE_BYTES >> 20} MiB of logits, whole logits where a shard's are no more"
 
 
 def print_table(block: Config, mesh_: Mesh, methods: Methods, model: PreTrainedModel) -> None:
@@ -254,6 +257,7 @@ def print_table(block: Config, mesh_: Mesh, methods: Methods, model: PreTrainedM
         "layout": layout.describe(block.layout),
         "attention_kernel": choice.describe(methods.attention),
         "ring_impl": _describe_ring(methods, degrees.ring),
+        "attention_head_chunks": methods.head_chunks,
         "loss_reduction": "token_mean if counted, else mean" if block.loss_reduction == "auto" else block.loss_reduction,
         "loss_chunk": _describe_chunk(block, model),
         **_linear_rows(methods),

@@ -5,23 +5,32 @@
 
 Checkpointing saves a layer's input through autograd's saved tensors (reentrant or not), so the saved-tensors hooks of
 `torch.autograd.graph` around the forward pass see it; what a checkpointed layer would save inside never reaches them. The side
-stream keeps copies in order; the compute stream waits only for the input it needs next. On the CPU the copies are plain copies.
+stream keeps copies in order; the compute stream waits only for the input it needs next, and for the last copy but one before the
+next is posted: AT_ONCE inputs at most are on the device because of copies, however far ahead the host is. All memory is the compute
+stream's. On the CPU the copies are plain copies.
 """
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+AT_ONCE = 2
+PIECE_BYTES = 1 << 26
+"""Of host memory, which PyTorch rounds up to a power of two: a tensor in such pieces wastes less than one of them."""
+
 
 @dataclass(eq=False)
 class Kept:
     """One tensor that was saved; `back` is its copy on the device once it has been asked for or is expected to be."""
 
-    host: Tensor
+    host: list[Tensor]
+    shape: torch.Size
     device: torch.device
     back: Tensor | None = None
     arrived: torch.cuda.Event | None = None
@@ -33,6 +42,7 @@ class Offload:
     def __init__(self) -> None:
         self._hooks: Any = None
         self._stream: torch.cuda.Stream | None = None
+        self._sent: deque[tuple[Tensor, torch.cuda.Event]] = deque()
         self.count = 0
         """Tensors that the last forward pass sent to the host."""
 
@@ -59,38 +69,51 @@ class Offload:
         if self._hooks is not None:
             self._hooks.__exit__(None, None, None)
             self._hooks = None
+        self._release(0)
 
     def _unpack(self, kept: Tensor | tuple[list[Kept], int]) -> Tensor:
         if isinstance(kept, Tensor):
             return kept
         order, index = kept
-        x = self._fetch(order[index])
-        if order[index].arrived is not None:
-            current = torch.cuda.current_stream(x.device)
-            current.wait_event(order[index].arrived)
-            x.record_stream(current)
-        order[index].back = None
+        self._fetch(order[index])
+        x, arrived, order[index].back = order[index].back, order[index].arrived, None
+        if arrived is not None:
+            torch.cuda.current_stream(x.device).wait_event(arrived)
         if index:
-            order[index - 1].back = self._fetch(order[index - 1])
+            self._fetch(order[index - 1])
         return x
 
     def _send(self, x: Tensor) -> Kept:
-        if self._stream is None:
-            return Kept(x.detach().clone(), x.device)
-        host = torch.empty_like(x, device="cpu", pin_memory=True)
-        self._stream.wait_stream(torch.cuda.current_stream(x.device))
-        with torch.cuda.stream(self._stream):
-            host.copy_(x.detach(), non_blocking=True)
-        x.record_stream(self._stream)  # its memory is not given away before the copy is made
-        return Kept(host, x.device)
+        flat = x.detach().contiguous().view(-1)
+        pieces = flat.split(PIECE_BYTES // x.element_size())
+        kept = Kept([torch.empty_like(piece, device="cpu", pin_memory=x.is_cuda) for piece in pieces], x.shape, x.device)
+        self._release(AT_ONCE - 1)
+        done = self._copy(kept.host, pieces, x.device)
+        if done is not None:
+            self._sent.append((flat, done))
+        return kept
 
-    def _fetch(self, kept: Kept) -> Tensor:
-        if kept.back is not None:
-            return kept.back
+    def _fetch(self, kept: Kept) -> None:
+        if kept.back is None:
+            kept.back = torch.empty(kept.shape, dtype=kept.host[0].dtype, device=kept.device)
+            kept.arrived = self._copy(kept.back.view(-1).split(PIECE_BYTES // kept.back.element_size()), kept.host, kept.device)
+
+    def _copy(self, into: Sequence[Tensor], pieces: Sequence[Tensor], device: torch.device) -> torch.cuda.Event | None:
+        """On the side stream, after what the current stream was given; the event at its end, None where there is no stream."""
         if self._stream is None:
-            return kept.host
+            for to, piece in zip(into, pieces, strict=True):
+                to.copy_(piece)
+            return None
+        self._stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(self._stream):
-            back = kept.host.to(kept.device, non_blocking=True)
-            kept.arrived = torch.cuda.Event()
-            kept.arrived.record(self._stream)
-        return back
+            for to, piece in zip(into, pieces, strict=True):
+                to.copy_(piece, non_blocking=True)
+            done = torch.cuda.Event()
+            done.record()
+        return done
+
+    def _release(self, left: int) -> None:
+        """The device memory of all but the last `left` tensors that were sent may be used again by what comes next."""
+        while len(self._sent) > left:
+            x, done = self._sent.popleft()
+            torch.cuda.current_stream(x.device).wait_event(done)

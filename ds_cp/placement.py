@@ -44,6 +44,8 @@ class Methods:
     """How those layers are sharded: heads over all ranks of a row, or heads over ulysses and state passed along the ring."""
     windows: tuple[int | None, ...] = (None,)
     """Of every attention layer: how many keys a query attends, its own included; None for all before it."""
+    head_chunks: int = 1
+    """Groups of a rank's query heads that go through the all-to-all one after another."""
 
 
 @dataclass(frozen=True)

@@ -71,37 +71,58 @@ class RingAttention(torch.autograd.Function):
         plan: Plan,
         score: Score,
     ) -> Tensor:
-        push, lanes = _Push(q_SNH, context, plan, score), Lanes(context.methods.beside)
-        for turn, block, tiles in _blocks(k_SMH, v_SMH, context, plan, lanes):
-            with lanes.turn(turn):
-                for tile in tiles:
-                    push.tile(block, tile)
-            if push.full:
-                with lanes.alone():
-                    push.merge()
-        lanes.join()
-        out, lse = push.result()
-        if sink_N is not None:
-            out, lse = _with_sink(out, lse, sink_N)
+        out, lse = push(q_SNH, k_SMH, v_SMH, sink_N, context, plan, score)
         ctx.save_for_backward(q_SNH, k_SMH, v_SMH, sink_N, out, lse)
-        ctx.context, ctx.plan, ctx.score = context, plan, score
+        ctx.rest = context, plan, score
         return out
 
     @staticmethod
     def backward(ctx, dout_SNH: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, sink, out, lse = ctx.saved_tensors
-        context, plan = ctx.context, ctx.plan
-        dsink = None if sink is None else _sink_gradient(dout_SNH, out, lse, sink)
-        if len(plan.steps) == 1:
-            grads = context.methods.attention.backward(dout_SNH, q, k, v, out, lse, plan.steps[0][0], ctx.score)
-            return *grads, dsink, None, None, None
-        tiles = [tile for step in plan.steps for tile in step]
-        sums = sums_of(context.methods.attention, dout_SNH.contiguous(), q, out, lse, k.shape[1], tiles, ctx.score)
-        if plan.halo is not None:
-            dkv = _backward_halo(sums, k, v, context, plan)
-        else:
-            dkv = (_backward_gathered if plan.gathered else _backward_hops)(sums, k, v, context, plan)
-        return sums.dq(), *dkv.unbind(), dsink, None, None, None
+        return *pull(dout_SNH, *ctx.saved_tensors, *ctx.rest), None, None, None
+
+
+def push(
+    q_SNH: Tensor, k_SMH: Tensor, v_SMH: Tensor, sink_N: Tensor | None, context: SequenceContext, plan: Plan, score: Score
+) -> tuple[Tensor, Tensor]:
+    """Forward: (out [S, N, H] in q's dtype, lse [S, N])."""
+    tiles_of, lanes = _Push(q_SNH, context, plan, score), Lanes(context.methods.beside)
+    for turn, block, tiles in _blocks(k_SMH, v_SMH, context, plan, lanes):
+        with lanes.turn(turn):
+            for tile in tiles:
+                tiles_of.tile(block, tile)
+        if tiles_of.full:
+            with lanes.alone():
+                tiles_of.merge()
+    lanes.join()
+    out, lse = tiles_of.result()
+    return (out, lse) if sink_N is None else _with_sink(out, lse, sink_N)
+
+
+def pull(
+    dout_SNH: Tensor,
+    q_SNH: Tensor,
+    k_SMH: Tensor,
+    v_SMH: Tensor,
+    sink_N: Tensor | None,
+    out_SNH: Tensor,
+    lse_SN: Tensor,
+    context: SequenceContext,
+    plan: Plan,
+    score: Score,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Backward, from what `push` gave: the gradients of q, k, v and the sink."""
+    dsink = None if sink_N is None else _sink_gradient(dout_SNH, out_SNH, lse_SN, sink_N)
+    rest = q_SNH, k_SMH, v_SMH, out_SNH, lse_SN
+    if len(plan.steps) == 1:
+        return *context.methods.attention.backward(dout_SNH, *rest, plan.steps[0][0], score), dsink
+    tiles = [tile for step in plan.steps for tile in step]
+    attention, kv_heads = context.methods.attention, k_SMH.shape[1]
+    sums = sums_of(attention, dout_SNH.contiguous(), q_SNH, out_SNH, lse_SN, kv_heads, tiles, score)
+    if plan.halo is not None:
+        dkv = _backward_halo(sums, k_SMH, v_SMH, context, plan)
+    else:
+        dkv = (_backward_gathered if plan.gathered else _backward_hops)(sums, k_SMH, v_SMH, context, plan)
+    return sums.dq(), *dkv.unbind(), dsink
 
 
 def _with_sink(out_SNH: Tensor, lse_SN: Tensor, sink_N: Tensor) -> tuple[Tensor, Tensor]:

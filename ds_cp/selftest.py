@@ -179,7 +179,9 @@ def sharded_low_precision(model: nn.Module, config: dict[str, Any], batches: Seq
     return float(loss.detach()), gradients
 
 
-def parity_without_deepspeed(model_type: str, kernel: str, ulysses: int, ring: int, batch: Batch, ring_impl: str = "p2p") -> float:
+def parity_without_deepspeed(
+    model_type: str, kernel: str, ulysses: int, ring: int, batch: Batch, ring_impl: str = "p2p", head_chunks: int = 1
+) -> float:
     """Worst relative gradient error of the fp64 model, hooks and communication only; `ulysses * ring` is the job's world.
 
     HF computes its loss (and RMSNorm) in fp32, which would bound the error from below: the reference's loss is fp64 here, and the
@@ -191,7 +193,7 @@ def parity_without_deepspeed(model_type: str, kernel: str, ulysses: int, ring: i
     model = tiny_model(model_type).double()
     topology = engines.topology.Topology(ulysses=ulysses, ring=ring, data=1)
     degrees = {"size": ulysses * ring, "ulysses_size": ulysses, "ring_size": ring}
-    block = engines.Config(**degrees, attention_kernel=kernel, ring_impl=ring_impl)
+    block = engines.Config(**degrees, attention_kernel=kernel, ring_impl=ring_impl, attention_head_chunks=head_chunks)
     mesh = engines.mesh.build(topology, timeout_s=60)
     handle = engines.attach_model(model, block, mesh, divisor=lambda: 1)
     loss = model(**batch).loss

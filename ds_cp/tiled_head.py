@@ -8,8 +8,9 @@ outlives a tile. With p = softmax(z), y the target, e the label smoothing and c 
     l  = lse(z) - (1 - e) z_y - e mean(z) + c lse(z)^2
     dz = w ((1 + 2 c lse) p - (1 - e) onehot(y) - e / V)
 
-The head's parameters get their gradient once, summed over tiles in fp32. Everything runs inside the head's own forward call, so
-that whoever gathers its parameters (ZeRO-3) does so once a pass, and no collective depends on the number of tiles.
+On CUDA, in bf16 and fp16 and without a softcap, one kernel does that (`kernels.token_loss_cuda`). The head's parameters get their
+gradient once, summed over tiles in fp32. Everything runs inside the head's own forward call, so that whoever gathers its parameters
+(ZeRO-3) does so once a pass, and no collective depends on the number of tiles.
 
 T local tokens, t tokens of one tile, D hidden size, V vocabulary.
 """
@@ -26,6 +27,8 @@ from torch.nn import functional
 from ds_cp.batch import IGNORE
 
 CONVERTED_AT_ONCE = 1 << 24
+FUSED_DTYPES = (torch.bfloat16, torch.float16)
+"""Of hidden states and head on CUDA for which one kernel makes the losses and the gradient of the logits, in their memory."""
 
 
 @dataclass(frozen=True)
@@ -91,11 +94,15 @@ class _TiledLoss(torch.autograd.Function):
         )
         sums = []
         for rows in tiles:
-            z = tiles.logits(rows)
-            value, dz = _loss_(z, targets[rows], None if weights is None else weights[rows], terms)
-            sums.append(value)
+            of_tile = targets[rows], None if weights is None else weights[rows], terms
+            if tiles.fused:
+                dz = tiles.output(rows)
+                sums.append(_fused_loss_(dz, head.scale, *of_tile))
+            else:
+                value, dz = _loss_(tiles.logits(rows), *of_tile)
+                sums.append(value)
             if tiles.needed:
-                tiles.add(rows, dz)
+                tiles.add(rows, dz, of_output=tiles.fused)
         return torch.stack(sums).sum(), tiles.first
 
     @staticmethod
@@ -126,6 +133,7 @@ class Tiles:
         self.shape, self.hidden = hidden_1TD.shape, hidden_1TD.detach().flatten(0, 1)
         self.work = torch.float64 if hidden_1TD.dtype == torch.float64 else torch.float32
         self.linear = head.linear and not torch.is_autocast_enabled(hidden_1TD.device.type)
+        self.fused = self.linear and hidden_1TD.is_cuda and hidden_1TD.dtype in FUSED_DTYPES and head.softcap is None
         self.first: Tensor | None = None
         self._d_hidden = torch.empty_like(self.hidden) if needs[0] else None
         self._sums = [
@@ -136,8 +144,8 @@ class Tiles:
     def __iter__(self) -> Iterator[slice]:
         return (slice(i, min(i + self.tile, len(self.hidden))) for i in range(0, len(self.hidden), self.tile))
 
-    def logits(self, rows: slice) -> Tensor:
-        """z [t, V] of the tile in the working precision, in memory of its own."""
+    def output(self, rows: slice) -> Tensor:
+        """What the head gives for the tile [t, V]; where it is linear, in memory of its own and without a graph."""
         self._x = self.hidden[rows]
         if self.linear:
             self._output = functional.linear(self._x, *self.head.parameters)
@@ -146,15 +154,19 @@ class Tiles:
                 self._x = self._x.detach().requires_grad_(self.needs[0])
                 self._output = self.head.forward(self._x.unsqueeze(0)).squeeze(0)
         self.first = self._output[None, :1].detach().clone() if self.first is None else self.first
-        z = self.head.score_(self._output.detach().to(self.work, copy=not self.linear))
+        return self._output
+
+    def logits(self, rows: slice) -> Tensor:
+        """z [t, V] of the tile in the working precision, in memory of its own."""
+        z = self.head.score_(self.output(rows).detach().to(self.work, copy=not self.linear))
         self._slope = 1 - (z / self.head.softcap).square_() if self.needed and self.head.softcap is not None else None
         return z
 
-    def add(self, rows: slice, dz: Tensor) -> None:
-        """Adds what the last tile gives, from the gradient of its logits [t, V], which is overwritten."""
-        if self._slope is not None:
+    def add(self, rows: slice, dz: Tensor, of_output: bool = False) -> None:
+        """Adds what the last tile gives, from the gradient of its logits (or of the head's output) [t, V], which is overwritten."""
+        if not of_output and self._slope is not None:
             dz.mul_(self._slope)
-        if self.head.scale != 1:
+        if not of_output and self.head.scale != 1:
             dz.mul_(self.head.scale)
         dz = dz.to(self._output.dtype)
         parts = self._linear_parts(dz) if self.linear else self._graph_parts(dz)
@@ -199,6 +211,13 @@ def _loss_(z: Tensor, targets: Tensor, weights: Tensor | None, terms: Terms) -> 
     if smooth:
         dz.sub_((w * (smooth / z.shape[1])).unsqueeze(1))
     return (w * losses).sum(), dz.scatter_add_(1, index, ((smooth - 1) * w).unsqueeze(1))
+
+
+def _fused_loss_(output: Tensor, scale: float, targets: Tensor, weights: Tensor | None, terms: Terms) -> Tensor:
+    """Sum of w * l; the head's output becomes its gradient."""
+    from ds_cp.kernels.token_loss_cuda import losses_fused_
+
+    return losses_fused_(output, targets, weights, scale, terms.label_smoothing, terms.z_loss, IGNORE).sum()
 
 
 def softmax_(z: Tensor) -> tuple[Tensor, Tensor]:

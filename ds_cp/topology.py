@@ -77,6 +77,41 @@ def split_heads(ulysses: int, query_heads: int, kv_heads: int) -> HeadSplit:
     return HeadSplit(query=query_heads // ulysses, kv=kv_heads * sharing // ulysses, sharing=sharing)
 
 
+def head_chunks_illegal(split: HeadSplit, chunks: int) -> str | None:
+    """Why a rank's query heads cannot go through the all-to-all in so many groups, or None."""
+    if split.query % chunks:
+        return f"it does not divide the {split.query} query heads of a rank"
+    each, served = split.query // chunks, split.query // split.kv
+    if each % served and served % each:
+        return f"groups of {each} query heads do not match key/value heads that serve {served}"
+    return None
+
+
+def resolve_head_chunks(
+    asked: int | Literal["auto"], degrees: Topology, heads: list[tuple[int, int]], passing: bool, least_memory: bool
+) -> int:
+    """Groups of query heads in the all-to-all.
+
+    Args:
+        asked: as written in the block. heads: (query heads, key/value heads) of every attention layer.
+        passing: DeltaNet layers pass state, so attention fetches its tokens. least_memory: what "auto" is for.
+
+    Raises:
+        ValueError: there is nothing that heads could go through in groups, or they do not divide so.
+    """
+    splits = {split_heads(degrees.ulysses, *each) for each in heads}
+    whole = "there is no all-to-all with ulysses_size 1" if degrees.ulysses == 1 else None
+    whole = 'it is not available with linear_attention "state"' if passing else whole
+    most = 1 if whole else min(split.query for split in splits)
+    legal = [n for n in range(1, most + 1) if all(head_chunks_illegal(split, n) is None for split in splits)]
+    if asked == "auto":
+        return legal[-1] if least_memory else 1
+    if asked not in legal:
+        reason = whole or next(filter(None, (head_chunks_illegal(split, asked) for split in splits)))
+        raise ValueError(f"sequence_parallel.attention_head_chunks: {asked}: {reason}; use one of {legal}")
+    return asked
+
+
 def legal_ulysses(size: int, heads: list[tuple[int, int]]) -> list[int]:
     """Divisors of `size` that can split every (query heads, key/value heads) pair."""
     return [d for d in range(1, size + 1) if size % d == 0 and all(heads_illegal(d, n, m) is None for n, m in heads)]

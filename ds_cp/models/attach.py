@@ -132,7 +132,8 @@ class Handle:
 
     def _begin_offload(self, tokens: int) -> None:
         model = self.model
-        if not (model.is_activation_checkpointing and model.training):
+        name = "is_activation_checkpointing" if hasattr(model, "is_activation_checkpointing") else "is_gradient_checkpointing"
+        if not (getattr(model, name) and model.training):
             raise ValueError(
                 "sequence_parallel.activation_offload: only inputs of checkpointed layers are kept on the host, but gradient "
                 "checkpointing is off; call model.gradient_checkpointing_enable() (Trainer: gradient_checkpointing=True), or set "

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ds_cp.batch import SequenceContext
-from ds_cp.tiled_head import Head, Terms, joined, tiled_loss
+from ds_cp.tiled_head import FUSED_DTYPES, Head, Terms, joined, tiled_loss
 from ds_cp.token_values import TokenValues, token_values
 
 TILE_BYTES = 256 * 2**20
-"""Of one tile's fp32 logits under "auto": at a vocabulary of 128,256 that is 512 tokens, enough for the matrix products to be bound
-by arithmetic, and together with the fp32 sum of the weight's gradient 1.4 GiB beyond what the plain loss needs for one token."""
+"""Of one tile's logits under "auto", in the dtype in which they are held: fp32, or where one kernel takes them as the head gives
+them (`tiled_head.FUSED_DTYPES`) half of it. At a vocabulary of 128,256 that is 512 or 1,024 tokens, enough for the matrix products
+to be bound by arithmetic."""
 
 CALL_KEYS = ("label_smoothing", "z_loss", "return_logits", "token_values")
 PROBE_TOLERANCE = 0.03  # bf16 rounds once more in the model's own scaling; a scale that was missed is off by more
@@ -78,7 +79,7 @@ class Door:
             raise ValueError(f"batch: label_smoothing must be in [0, 1) and z_loss at least 0, got {terms}")
         targets, tile = local.get("labels"), 0
         if targets is not None and self._plain is not None and not asked.get("return_logits"):
-            tile = tile_of(self.chunk, vocabulary(self.module), targets.numel())
+            tile = tile_of(self.chunk, vocabulary(self.module), targets.numel(), self._logit_bytes())
         values = asked.get("token_values")
         if values is not None:
             assert targets is not None
@@ -92,6 +93,11 @@ class Door:
             del local["labels"]  # the model then asks for no loss
             tile = self.chunk if self.chunk not in ("auto", 0) else auto_tile(vocabulary(self.module))
         self._call = Call(terms, tile, targets, context.weights, values)
+
+    def _logit_bytes(self) -> int:
+        weight = next(self.module.parameters())
+        plain = weight.is_cuda and self._softcap is None and _is_linear(self.module, self._plain)
+        return weight.element_size() if plain and weight.dtype in FUSED_DTYPES else 4
 
     def loss_arguments(self, logits: Tensor, context: SequenceContext | None) -> dict[str, Any]:
         """For `CausalLMLoss`: the local sum if the head has computed it, and what a token's loss is made of."""
@@ -148,17 +154,17 @@ def scaling(config: PretrainedConfig) -> tuple[float, float | None]:
     return scale, getattr(text, "final_logit_softcapping", None)
 
 
-def tile_of(chunk: int | Literal["auto"], vocabulary_size: int, tokens: int) -> int:
+def tile_of(chunk: int | Literal["auto"], vocabulary_size: int, tokens: int, logit_bytes: int = 4) -> int:
     """Tokens a tile, 0 for whole logits: what "auto" means for a shard of so many tokens."""
     if chunk != "auto":
         return chunk
-    tile = auto_tile(vocabulary_size)
+    tile = auto_tile(vocabulary_size, logit_bytes)
     return 0 if tokens <= tile else tile
 
 
-def auto_tile(vocabulary_size: int) -> int:
-    """Tokens whose fp32 logits fill TILE_BYTES, a multiple of 64 where it is more than that."""
-    tile = max(1, TILE_BYTES // (4 * vocabulary_size))
+def auto_tile(vocabulary_size: int, logit_bytes: int = 4) -> int:
+    """Tokens whose logits fill TILE_BYTES, a multiple of 64 where it is more than that."""
+    tile = max(1, TILE_BYTES // (logit_bytes * vocabulary_size))
     return tile if tile < 64 else tile // 64 * 64
 
 

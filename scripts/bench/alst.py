@@ -77,10 +77,13 @@ class Case:
     """One row of the accumulated step for each entry: every n-th token of that row is a target."""
     steps: int = 0
     """Timed steps after the one to warm up; 0 takes one step and returns its gradient."""
+    vocabulary: int = 0
+    """0: that of the shape."""
 
     @property
     def shape(self) -> dict[str, int]:
-        return LARGE if self.steps else SMALL
+        shape = LARGE if self.steps else SMALL
+        return shape | ({"vocab_size": self.vocabulary} if self.vocabulary else {})
 
     @property
     def zero(self) -> str:
@@ -311,8 +314,8 @@ def measure_gradients(args: argparse.Namespace, console: Console) -> list[dict[s
 
 def measure_speed(args: argparse.Namespace, length: int, console: Console) -> list[dict[str, Any]]:
     turns, steps = args.turns or (1 if args.quick else 2), 2 if length > 8192 else 3
-    case = Case("speed", documents=(length,), steps=steps)
-    names = [ONE, *args.contenders]
+    case = Case("speed", documents=(length,), steps=steps, vocabulary=args.vocabulary)
+    names = [*([ONE] if args.one_process else []), *args.contenders]
     seconds: dict[str, list[float]] = {name: [] for name in names}
     memory = dict.fromkeys(names, 0.0)
     for turn in range(turns):
@@ -359,6 +362,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--only", choices=SECTIONS, nargs="+", default=SECTIONS, help="sections to run")
     parser.add_argument("--contenders", choices=[ALST, *OURS], nargs="+", default=[ALST, *OURS])
     parser.add_argument("--lengths", type=int, nargs="+", help="speed: tokens a row (4096 16384)")
+    parser.add_argument("--vocabulary", type=int, default=0, help="speed: of the model (1024)")
+    parser.add_argument("--one-process", action=argparse.BooleanOptionalAction, default=True, help="speed: time one process too")
     parser.add_argument("--turns", type=int, help="speed: fresh starts of each contender (2)")
     parser.add_argument("--quick", action="store_true", help="fewer ZeRO stages, 1,024 tokens, one turn")
     parser.add_argument("--json", type=Path, help="write the rows and the machine here")

@@ -199,7 +199,10 @@ def initialize(model: Any, case: Case, mpu: Any = None) -> Any:
     return deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config, mpu=mpu)[0]
 
 
-def build_alst(model: Any, row: dict[str, Tensor], case: Case, timeline: Timeline) -> tuple[Any, Callable[[], Tensor]]:
+Forward = Callable[[dict[str, Tensor]], Tensor]
+
+
+def build_alst(model: Any, case: Case, timeline: Timeline) -> tuple[Any, Forward]:
     import torch.distributed.nn.functional as differentiable
     from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -211,11 +214,9 @@ def build_alst(model: Any, row: dict[str, Tensor], case: Case, timeline: Timelin
     )
     engine = initialize(model, case, mpu)
     group = mpu.get_sequence_parallel_group()
-    row["shift_labels"] = torch.nn.functional.pad(row.pop("labels"), (0, 1), value=IGNORE)[:, 1:]
-    shard = {key: x.chunk(case.world, dim=1)[case.rank].contiguous() for key, x in row.items()}
 
-    def forward() -> Tensor:
-        batch = {key: x.to(engine.device) for key, x in shard.items()}
+    def forward(row: dict[str, Tensor]) -> Tensor:
+        batch = alst_shard(row, case, engine.device)
         labels = batch["shift_labels"]
         loss = model.loss_function(engine(**batch).logits, None, model.config.vocab_size, shift_labels=labels)
         losses = differentiable.all_gather(loss, group=group)
@@ -225,8 +226,16 @@ def build_alst(model: Any, row: dict[str, Tensor], case: Case, timeline: Timelin
     return engine, forward
 
 
-def build_ours(model: Any, row: dict[str, Tensor], case: Case, timeline: Timeline) -> tuple[Any, Callable[[], Tensor]]:
+def alst_shard(row: dict[str, Tensor], case: Case, device: torch.device) -> dict[str, Tensor]:
+    shifted = torch.nn.functional.pad(row["labels"], (0, 1), value=IGNORE)[:, 1:]
+    whole = {key: x for key, x in row.items() if key != "labels"} | {"shift_labels": shifted}
+    return {key: x.chunk(case.world, dim=1)[case.rank].to(device) for key, x in whole.items()}
+
+
+def build_ours(model: Any, case: Case, timeline: Timeline) -> tuple[Any, Forward]:
     """ds_cp.engine.initialize without what needs an answer from other ranks."""
+    from deepspeed.utils import set_z3_leaf_module
+
     from ds_cp import config, engine, mesh, topology
     from ds_cp.models import checks
 
@@ -235,32 +244,50 @@ def build_ours(model: Any, row: dict[str, Tensor], case: Case, timeline: Timelin
     checks.refuse(model)
     degrees = topology.resolve(*sizes.values(), world=case.world, local_world=case.world, heads=checks.heads(model))
     mesh_ = mesh.build(degrees, block.comm_timeout_s)
+    for module in engine._gathered_as_one(model, block):
+        set_z3_leaf_module(module, True)
     engine_ = initialize(model, case)
     handle = engine.attach_model(engine_.module, block, mesh_, engine_.gradient_accumulation_steps)
     kernel = handle.methods.attention
     marked = {name: timeline.part(KERNELS, getattr(kernel, name)) for name in ("forward", "backward")}
     marked_kernel = SimpleNamespace(__name__=kernel.__name__, unsupported=kernel.unsupported, **marked)
     handle.methods = replace(handle.methods, attention=marked_kernel, beside=None)
-    return engine_, lambda: engine_(**row).loss
+    return engine_, lambda row: engine_(**row).loss
 
 
-def build(case: Case, timeline: Timeline) -> Callable[[], Tensor]:
-    """A whole step on a row that is one document, on the host and the same for every rank."""
+def make_row(length: int, vocabulary: int) -> dict[str, Tensor]:
+    """One document, on the host and the same for every rank."""
+    ids = torch.randint(0, vocabulary, (1, length), generator=torch.Generator().manual_seed(7))
+    return {"input_ids": ids, "labels": ids.clone(), "position_ids": torch.arange(length)[None]}
+
+
+def make_model(case: Case, longest: int) -> Any:
     from deepspeed.accelerator import get_accelerator
     from transformers import AutoModelForCausalLM, LlamaConfig
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    length, generator = case.world * case.local_tokens, torch.Generator().manual_seed(7)
     shape = dict(zip(SHAPE, TINY if case.tiny else LLAMA_8B, strict=True))
-    config = LlamaConfig(**shape, num_hidden_layers=case.layers, max_position_embeddings=length, use_cache=False)
+    config = LlamaConfig(**shape, num_hidden_layers=case.layers, max_position_embeddings=longest, use_cache=False)
     attention = case.attention if case.contender == "ALST" else "sdpa"  # ds_cp puts its own in this place
     with torch.device(get_accelerator().current_device_name()):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=attention).train()
     if case.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    ids = torch.randint(0, config.vocab_size, (1, length), generator=generator)
-    row = {"input_ids": ids, "labels": ids.clone(), "position_ids": torch.arange(length)[None]}
-    engine, forward = (build_alst if case.contender == "ALST" else build_ours)(model, row, case, timeline)
+    return model
+
+
+def build(case: Case, timeline: Timeline) -> Callable[[], Tensor]:
+    """A whole step."""
+    row = make_row(case.world * case.local_tokens, (TINY if case.tiny else LLAMA_8B)[2])
+    model = make_model(case, case.world * case.local_tokens)
+    engine, forward = (build_alst if case.contender == "ALST" else build_ours)(model, case, timeline)
+    step = stepping(model, engine, forward, timeline)
+    return lambda: step(row)
+
+
+def stepping(model: Any, engine: Any, forward: Forward, timeline: Timeline) -> Forward:
+    """A step on a row, with its parts marked."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
     name = model.config._attn_implementation
     ALL_ATTENTION_FUNCTIONS[name] = timeline.part(EXCHANGE, ALL_ATTENTION_FUNCTIONS[name])
     for layer in model.model.layers:
@@ -271,8 +298,8 @@ def build(case: Case, timeline: Timeline) -> Callable[[], Tensor]:
     model.loss_function = timeline.part(LOSS, model.loss_function)
     optimize = timeline.part(OPTIMIZER, engine.step)
 
-    def step() -> Tensor:
-        loss = forward()
+    def step(row: dict[str, Tensor]) -> Tensor:
+        loss = forward(row)
         engine.backward(loss)
         optimize()
         return loss.detach()
@@ -280,7 +307,8 @@ def build(case: Case, timeline: Timeline) -> Callable[[], Tensor]:
     return step
 
 
-def measure(case: Case) -> dict[str, Any]:
+def become_rank(case: Case) -> Timeline:
+    """Makes this process that rank of a job whose other ranks do not exist."""
     import deepspeed
     from deepspeed.accelerator import get_accelerator
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -294,6 +322,11 @@ def measure(case: Case) -> dict[str, Any]:
     if not timeline.cuda:
         deepspeed.comm.torch.build_shm_op = lambda: None  # it waits for the other ranks' shared memory
     deepspeed.init_distributed(dist_backend="fake")
+    return timeline
+
+
+def measure(case: Case) -> dict[str, Any]:
+    timeline = become_rank(case)
     step = build(case, timeline)
     state = torch.cuda.memory_allocated()
     losses = [float(step()) for _ in range(WARM_UP)]

@@ -457,9 +457,10 @@ def traffic(ulysses: int, kv_heads: int) -> dict[str, Any]:
     return {"exchanged": (there.exchanged, back.exchanged), "copied": (sum(there.copied), sum(back.copied))}
 
 
-def sink_error(ulysses: int, ring: int, window: int | None) -> float:
+def sink_error(ulysses: int, ring: int, window: int | None, head_chunks: int = 1) -> float:
     """Worst relative error of out and of every gradient, fp64, against scores written out with a column for the sink."""
     axes, context, _ = _attention_inputs(ulysses, ring, "torch_cpu", window=window)
+    context = dataclasses.replace(context, methods=dataclasses.replace(context.methods, head_chunks=head_chunks))
     generator = torch.Generator().manual_seed(3)
     whole = [torch.randn(1, 64, heads, 8, generator=generator, dtype=torch.float64) for heads in (8, 4, 4, 8)]
     sink = torch.randn(8, generator=generator, dtype=torch.float64)

@@ -53,9 +53,11 @@ IMPORTS = _table(
         "batch": "layout tiles mesh",
         "packing": "batch",
         "ring": "tiles comm batch lanes",
-        "attention": "ring tiles comm batch",
+        "attention": "ring head_chunks tiles comm batch",
+        "head_chunks": "ring comm batch",
         "delta": "comm batch",
-        "tiled_head": "batch",
+        "tiled_head": "batch kernels.token_loss_cuda",
+        "kernels.token_loss_cuda": "",
         "replay": "",
         "offload": "",
         "tiled_module": "replay",
@@ -77,6 +79,7 @@ IMPORTS = _table(
 
 BEYOND = _table(
     {
+        "head_chunks": "topology reshard tiles kernels.attention",  # the head split; who receives which; Plan; Score
         "attention": "topology reshard layout kernels.attention",  # the head split; tokens not held in its order; Score
         "batch": "placement",  # what ranks hold
         "delta": "topology reshard mesh",  # the head split; moving heads; the axis that shares them
@@ -99,7 +102,7 @@ OUTSIDE = _table(
         "flash_attn": "kernels.attention kernels.flash4_hopper",
         "cutlass": "kernels.flash4_hopper",
         "fla": "kernels kernels.attention kernels.delta",
-        "triton": "kernels.merge_cuda kernels.blocked_cuda kernels.delta",
+        "triton": "kernels.token_loss_cuda kernels.merge_cuda kernels.blocked_cuda kernels.delta",
     }
 )
 """Other packages, and the only components that may import them."""

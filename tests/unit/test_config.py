@@ -43,10 +43,7 @@ WHOLE_BLOCK = """
 }
 """
 
-LATER: tuple[tuple[str, Any], ...] = (
-    ("attention_head_chunks", 2),
-    ("profile", True),
-)
+LATER: tuple[tuple[str, Any], ...] = (("profile", True),)
 """Values of the block in design.md whose feature comes with a later issue; an issue that brings one takes it from here."""
 
 INTEGERS: tuple[tuple[str, int], ...] = (

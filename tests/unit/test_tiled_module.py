@@ -55,11 +55,29 @@ def test_attached_in_tiles_is_undone_and_gives_the_same_loss() -> None:
     model = selftest.tiny_model("llama")
     before = model(**BATCH)
     handle = attached(model, tiled_mlp=True)
-    assert all("forward" in vars(module) for module in mlp.mlps(model))
+    assert all("forward" in vars(module) for module in [*mlp.mlps(model), *mlp.norms(model)])
     torch.testing.assert_close(model(**BATCH).loss, before.loss, rtol=1e-5, atol=0)
     handle.remove()
-    assert not any("forward" in vars(module) for module in mlp.mlps(model))
+    assert not any("forward" in vars(module) for module in model.modules())
     assert torch.equal(model(**BATCH).logits, before.logits)
+
+
+@pytest.mark.parametrize(("model_type", "of_a_layer"), [("llama", 2), ("qwen3", 2), ("gpt_neox", 2), ("gemma2", 4), ("olmo2", 2)])
+def test_norms_over_the_hidden_size_are_found_and_no_others(model_type: str, of_a_layer: int) -> None:
+    model = selftest.tiny_model(model_type)
+    found = mlp.norms(model)
+    assert len(found) == of_a_layer * model.config.num_hidden_layers + 1
+    assert all(p.shape == (model.config.hidden_size,) for norm in found for p in norm.parameters())
+
+
+def test_a_norm_in_tiles_keeps_its_input_alone() -> None:
+    model, kept = selftest.tiny_model("llama").bfloat16(), []
+    x = torch.randn(1, 150, 64, dtype=torch.bfloat16, requires_grad=True)
+    handle = attached(model, tiled_mlp=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        model.model.norm(x)
+    handle.remove()
+    assert [t.data_ptr() for t in kept] == [x.data_ptr()]
 
 
 def test_what_has_no_dense_mlps_is_refused() -> None:
@@ -79,8 +97,10 @@ class Twice(nn.Module):
         return x
 
 
+@pytest.mark.parametrize("piece", [1 << 26, 16])
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_inputs_of_checkpointed_layers_come_back(reentrant: bool) -> None:
+def test_inputs_of_checkpointed_layers_come_back(reentrant: bool, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ds_cp.offload.PIECE_BYTES", piece)
     model, x = Twice(), torch.randn(1, 5, 6, requires_grad=True)
     wanted = torch.autograd.grad(model(x, False).sum(), [x, *model.parameters()])
     offload = Offload()

@@ -280,3 +280,22 @@ def test_auto_ulysses_splits_recurrent_heads_where_state_is_passed(linear: str, 
 def test_auto_ulysses_does_not_look_at_recurrent_heads_that_all_ranks_share() -> None:
     found = topology.resolve(8, "auto", "auto", world=8, local_world=8, heads=[(4, 4)], linear_heads=[(32, 16)])
     assert (found.ulysses, found.ring) == (4, 2)
+
+
+@pytest.mark.parametrize(
+    ("ulysses", "heads", "least_memory", "wanted"),
+    [(8, (32, 8), True, 4), (8, (32, 8), False, 1), (1, (32, 8), True, 1), (2, (24, 8), True, 12), (4, (8, 2), True, 2)],
+)
+def test_auto_groups_of_heads(ulysses: int, heads: tuple[int, int], least_memory: bool, wanted: int) -> None:
+    degrees = Topology(ulysses, 2, data=1)
+    assert topology.resolve_head_chunks("auto", degrees, [heads], passing=False, least_memory=least_memory) == wanted
+
+
+def test_groups_of_heads_that_do_not_match_key_value_heads_are_refused() -> None:
+    degrees = Topology(1 + 1, 1, data=1)
+    with pytest.raises(
+        ValueError, match=r"groups of 4 query heads do not match key/value heads that serve 6; use one of \[1, 2, 4"
+    ):
+        topology.resolve_head_chunks(3, degrees, [(24, 4)], passing=False, least_memory=False)
+    with pytest.raises(ValueError, match='not available with linear_attention "state"'):
+        topology.resolve_head_chunks(2, degrees, [(24, 4)], passing=True, least_memory=False)
