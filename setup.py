@@ -21,6 +21,6 @@ setup(
         "flash": ["flash-attn-4>=4.0.0b36"],
         "linear": ["flash-linear-attention"],
         "mpi": ["mpi4py"],
-        "dev": ["pytest>=9", "hypothesis>=6.170", "ruff>=0.17", "ninja>=1.13", "matplotlib>=3.11", "psutil>=7"],
+        "dev": ["pytest>=9", "hypothesis>=6.170", "ruff>=0.17", "ninja>=1.13", "matplotlib>=3.11", "psutil>=7", "peft>=0.21"],
     },
 )

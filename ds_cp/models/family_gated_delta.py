@@ -163,8 +163,8 @@ def settle(model: nn.Module) -> None:
     """Slow decay, and a gated norm that divides by nothing small.
 
     As initialised, a state is forgotten within a token or two, which would hide one that is not passed on, and outputs next to zero
-    are divided by their size. Slower decay than this costs precision in one process: the decay's gradient is then a small difference
-    of large sums.
+    are divided by their size. Slower decay than this costs precision in one process: the decay's gradient is then a small
+    difference of large sums.
     """
     generator = torch.Generator().manual_seed(3)
     for module in mixers(model).values():

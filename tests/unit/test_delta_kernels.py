@@ -147,7 +147,7 @@ def test_autocast_does_not_lower_the_precision() -> None:
 
 
 def test_what_the_decay_gets_is_exact_to_rounding() -> None:
-    """Its gradient over a row, which A_log and dt_bias get, is a difference of large sums: off by 1e-6 and more if summed in fp32."""
+    """Its gradient over a row, which A_log and dt_bias get, is a difference of large sums: off by 1e-6 and more in fp32 sums."""
     for seed in range(6):
         tensors = inputs(256, SHAPES, seed)
         dout = torch.randn(256, SHAPES.value_heads, SHAPES.value_size, generator=torch.Generator().manual_seed(seed))

@@ -1,0 +1,25 @@
+"""LoRA as peft makes it: the gradient of every adapter against one process, fp32; what is frozen does not move."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.dist import peft_jobs
+from tests.dist.test_parity import assert_parity, block
+
+INNER = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("modules", [INNER, [*INNER, "lm_head"]], ids=["layers", "layers_and_head"])
+@pytest.mark.parametrize("mesh", [(2, 1), (1, 2)], ids=lambda m: f"u{m[0]}r{m[1]}")
+def test_adapters_with_a_tiled_loss(pool, mesh: tuple[int, int], modules: list[str], stage: int) -> None:
+    assert_parity(pool(2).run(peft_jobs.lora, block=block(*mesh, loss_chunk=7), stage=stage, modules=modules))
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_adapters_with_everything_in_tiles_and_checkpointing(pool, reentrant: bool, stage: int) -> None:
+    words = {"tiled_mlp": True, "loss_chunk": 37, "activation_offload": True}
+    run = {"modules": [*INNER, "lm_head"], "checkpointing": reentrant, "length": 300}
+    assert_parity(pool(2).run(peft_jobs.lora, block=block(2, 1, **words), stage=stage, **run))
