@@ -9,12 +9,12 @@ row is refused unless the caller says what to do with it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 from ds_cp.batch import IGNORE
 
@@ -74,7 +74,7 @@ class PackedDataset(Dataset):
         length_of: of a document, where that is cheaper than reading it.
         """
         if not isinstance(documents, Sized):
-            raise ValueError("PackedDataset: documents must have a length; pack a stream into rows before it reaches the loader")
+            raise ValueError("PackedDataset: documents must have a length; use PackedStream for a stream")
         count = length_of or (lambda document: len(document["input_ids"]))
         self._documents = documents
         self.rows = pack([count(documents[i]) for i in range(len(documents))], tokens, order, overflow)
@@ -83,21 +83,66 @@ class PackedDataset(Dataset):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        parts = [self._piece(piece) for piece in self.rows[index]]
-        return {key: torch.cat([part[key] for part in parts]) for key in ("input_ids", "labels", "position_ids")}
+        return _joined([_piece(self._documents[piece.document], piece) for piece in self.rows[index]])
 
-    def _piece(self, piece: Piece) -> dict[str, Tensor]:
-        document, part = self._documents[piece.document], slice(piece.start, piece.end)
-        ids = torch.as_tensor(document["input_ids"], dtype=torch.long)[part]
-        labels = torch.as_tensor(document.get("labels", document["input_ids"]), dtype=torch.long)[part].clone()
-        assert len(ids) == len(labels) == piece.end - piece.start, "a document's length is not what length_of said"
-        labels[0] = IGNORE
-        return {"input_ids": ids, "labels": labels, "position_ids": torch.arange(len(ids))}
+
+class PackedStream(IterableDataset):
+    """`PackedDataset` of a stream of documents: rows in its order, each as full as the next document allows.
+
+    Rows depend on the documents alone, so a run that goes on goes on with the same rows. Every rank reads the whole stream.
+    """
+
+    def __init__(self, documents: Iterable[Mapping[str, Any]], tokens: int, overflow: Overflow = "error") -> None:
+        """Args:
+        documents: mappings with `input_ids` and optionally `labels`, read again in every epoch; its `set_epoch` is called.
+
+        Raises:
+            ValueError: an unknown overflow, a row of no tokens, documents that can be read only once.
+        """
+        pack([], tokens, "sequential", overflow)
+        if isinstance(documents, Iterator):
+            raise ValueError(
+                f"PackedStream: a {type(documents).__name__} can be read only once, but every epoch, and every run that goes on, "
+                "reads from the start; pass a dataset"
+            )
+        self._documents, self._tokens, self._overflow = documents, tokens, overflow
+
+    def set_epoch(self, epoch: int) -> None:
+        """Of the documents."""
+        if hasattr(self._documents, "set_epoch"):
+            self._documents.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        row: list[dict[str, Tensor]] = []
+        left = self._tokens
+        for number, document in enumerate(self._documents):
+            for piece in _pieces(number, len(document["input_ids"]), self._tokens, self._overflow):
+                size = piece.end - piece.start
+                if size > left:
+                    yield _joined(row)
+                    row, left = [], self._tokens
+                row.append(_piece(document, piece))
+                left -= size
+        if row:
+            yield _joined(row)
 
 
 def collate(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Rows of `PackedDataset`, of any lengths, one after the other as a batch of one row; positions keep documents apart."""
     return {key: torch.cat([row[key] for row in rows]).unsqueeze(0) for key in rows[0]}
+
+
+def _joined(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {key: torch.cat([part[key] for part in parts]) for key in ("input_ids", "labels", "position_ids")}
+
+
+def _piece(document: Mapping[str, Any], piece: Piece) -> dict[str, Tensor]:
+    part = slice(piece.start, piece.end)
+    ids = torch.as_tensor(document["input_ids"], dtype=torch.long)[part]
+    labels = torch.as_tensor(document.get("labels", document["input_ids"]), dtype=torch.long)[part].clone()
+    assert len(ids) == len(labels) == piece.end - piece.start, "a document's length is not what length_of said"
+    labels[0] = IGNORE
+    return {"input_ids": ids, "labels": labels, "position_ids": torch.arange(len(ids))}
 
 
 def _pieces(document: int, length: int, tokens: int, overflow: Overflow) -> list[Piece]:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ds_cp.batch import IGNORE
-from ds_cp.packing import PackedDataset, Piece, collate, pack
+from ds_cp.packing import PackedDataset, PackedStream, Piece, collate, pack
 
 ORDERS = ("sequential", "first_fit_decreasing")
 lengths_of_documents = st.lists(st.integers(0, 50), max_size=40)
@@ -73,6 +73,49 @@ def test_a_documents_own_labels_are_kept() -> None:
     assert row["labels"].tolist() == [IGNORE, IGNORE, 3]
 
 
-def test_a_stream_is_refused() -> None:
-    with pytest.raises(ValueError, match="documents must have a length"):
+class Documents:
+    """Documents of these lengths, in another order every epoch."""
+
+    def __init__(self, lengths: list[int]) -> None:
+        self.all = [{"input_ids": list(range(100 * i, 100 * i + n))} for i, n in enumerate(lengths)]
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self):
+        return iter(self.all[self.epoch :] + self.all[: self.epoch])
+
+
+@pytest.mark.parametrize("overflow", ["truncate", "split"])
+@given(lengths=lengths_of_documents, tokens=st.integers(1, 60))
+def test_a_stream_gives_the_rows_of_a_dataset_in_its_order(overflow, lengths: list[int], tokens: int) -> None:
+    documents = Documents(lengths)
+    wanted = PackedDataset(documents.all, tokens, "sequential", overflow)
+    stream = PackedStream(documents, tokens, overflow)
+    for _ in range(2):  # again and again
+        found = list(stream)
+        assert len(found) == len(wanted)
+        for row, expected in zip(found, wanted, strict=True):
+            assert all(torch.equal(row[key], expected[key]) for key in expected)
+
+
+def test_a_stream_goes_by_the_epoch_of_its_documents() -> None:
+    stream = PackedStream(Documents([3, 4, 5]), 8)
+    first = [row["input_ids"].tolist() for row in stream]
+    stream.set_epoch(1)
+    assert [row["input_ids"].tolist() for row in stream] != first
+
+
+def test_what_can_be_read_only_once_is_refused() -> None:
+    with pytest.raises(ValueError, match="a list_iterator can be read only once"):
+        PackedStream(iter([{"input_ids": [1]}]), tokens=8)
+    with pytest.raises(ValueError, match="overflow 'cut'"):
+        PackedStream([], tokens=8, overflow="cut")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="document 1 has 9 tokens and a row 8"):
+        list(PackedStream([{"input_ids": [1]}, {"input_ids": [1] * 9}], tokens=8))
+
+
+def test_a_stream_is_refused_where_a_length_is_needed() -> None:
+    with pytest.raises(ValueError, match="use PackedStream for a stream"):
         PackedDataset(iter([{"input_ids": [1]}]), tokens=8)  # type: ignore[arg-type]
