@@ -14,9 +14,12 @@ if TYPE_CHECKING:
     from ds_cp.engine import data_parallel_size as data_parallel_size
     from ds_cp.engine import disabled as disabled
     from ds_cp.engine import initialize as initialize
+    from ds_cp.engine import should_stop as should_stop
     from ds_cp.engine import token_logprobs as token_logprobs
     from ds_cp.engine import unshard as unshard
+    from ds_cp.launch import init_distributed as init_distributed
     from ds_cp.loader import data_loader as data_loader
+    from ds_cp.reliable import last_checkpoint as last_checkpoint
     from ds_cp.trainer import Trainer as Trainer
     from ds_cp.trainer import TrainerMixin as TrainerMixin
 
@@ -29,12 +32,22 @@ __all__ = [
     "data_parallel_rank",
     "data_parallel_size",
     "disabled",
+    "init_distributed",
     "initialize",
+    "last_checkpoint",
+    "should_stop",
     "token_logprobs",
     "unshard",
 ]
 
-_HOME = {"Config": "config", "Trainer": "trainer", "TrainerMixin": "trainer", "data_loader": "loader"}
+_HOME = {
+    "Config": "config",
+    "Trainer": "trainer",
+    "TrainerMixin": "trainer",
+    "data_loader": "loader",
+    "init_distributed": "launch",
+    "last_checkpoint": "reliable",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -17,7 +18,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from ds_cp import batch as batches
-from ds_cp import comm, factor, layout, mesh, preflight, topology
+from ds_cp import comm, factor, launch, layout, mesh, preflight, topology, watch
 from ds_cp import config as configs
 from ds_cp.batch import Methods
 from ds_cp.config import Config
@@ -76,15 +77,15 @@ def initialize(
         return deepspeed.initialize(**given, **data, mpu=mpu, config=ds_config, mesh_param=mesh_param)
     if mpu is not None or mesh_param is not None:
         raise ValueError("mpu, mesh_param: ds_cp brings its own process groups beside DeepSpeed's; leave them out")
-    preflight.check_extension_locks()
-    deepspeed.init_distributed(dist_init_required=dist_init_required)
-    preflight.check_world_size()
+    launch.init_distributed(block.comm_timeout_s)
     mesh_, methods = prepare(model, block, ds_config)
     factor.verify(ds_config, backward_divides=True)
     ours = {k: v for k, v in ds_config.items() if k != configs.BLOCK}
     ours["sequence_parallel_size"] = mesh_.seq.size  # DeepSpeed's batch arithmetic then counts replicas
     engine, optimizer, _, scheduler = deepspeed.initialize(**given, config=ours)
-    attach_model(engine.module, block, mesh_, engine.gradient_accumulation_steps, methods)
+    handle = attach_model(engine.module, block, mesh_, engine.gradient_accumulation_steps, methods)
+    here = weakref.ref(engine)
+    handle.watch.step = lambda: here().global_steps
     loader = None
     if training_data is not None:
         loader = data_loader(engine, training_data, collate_fn, drop_last=ds_config.get("dataloader_drop_last") is True)
@@ -146,6 +147,7 @@ def attach_model(
         loss_chunk=block.loss_chunk,
         tiled_mlp=block.tiled_mlp is True,
         activation_offload=block.activation_offload,
+        watch=watch.begin(silent_s=min(watch.SILENT_S, block.comm_timeout_s)),
     )
     handle.apply()
     return handle
@@ -356,6 +358,20 @@ def disabled(engine: nn.Module) -> AbstractContextManager[None]:
     """Inside the block the model runs unsharded, as HF wrote it: for generation and small evaluations."""
     handle = attach.handle_of(engine)
     return nullcontext() if handle is None else handle.disabled()
+
+
+def should_stop(engine: nn.Module) -> bool:
+    """Whether to save and leave the loop now: some rank was told to by SIGTERM. The same answer on every rank, after the same step.
+
+    Every rank must ask after every `engine.step()`. From the first question on SIGTERM does not end the process; a second one does.
+    Without sequence parallelism (size 1) it is always False, and SIGTERM ends the process as ever.
+    """
+    handle = attach.handle_of(engine)
+    if handle is None:
+        return False
+    if handle.preemption is None:
+        handle.preemption = watch.Preemption()
+    return handle.watch.stop_after(engine.global_steps, handle.preemption.told)
 
 
 def data_parallel_size(source: nn.Module | Source) -> int:

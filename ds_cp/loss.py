@@ -30,6 +30,8 @@ from ds_cp.tiled_head import Terms, token_losses
 
 Reduction = Literal["auto", "mean", "token_mean", "sum"]
 PLAIN = Terms()
+LOCAL = "ds_cp_local"
+"""Attribute of the loss: this rank's own part of it."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,9 @@ class CausalLMLoss:
         local = _sum(logits, labels, cp.weights, terms) if local is None else local
         factor, value_factor = self._factors(cp, num_items_in_batch, local.device)
         shown = comm.all_sum(local, cp.mesh.seq.group) * value_factor
-        return _Shown.apply(local, shown.to(local.dtype), factor)
+        loss = _Shown.apply(local, shown.to(local.dtype), factor)
+        setattr(loss, LOCAL, local.detach())
+        return loss
 
     def _factors(self, cp: SequenceContext, items: Tensor | float | None, device: torch.device) -> tuple[Tensor, Tensor]:
         """(factor on the local gradient, factor on the row's sum), 0-d fp64."""

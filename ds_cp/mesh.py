@@ -7,7 +7,11 @@ import datetime
 import gc
 import math
 import os
+import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 
 import torch.distributed as dist
 
@@ -71,13 +75,21 @@ def _end_gloo() -> None:
 def local_world_size() -> int:
     """The largest number of neighbouring ranks that is sure to stay inside a node; all ranks of the job must call it.
 
-    From the launcher's LOCAL_WORLD_SIZE (or mpirun's), all ranks where it is not set. Nodes of different size count with their
-    greatest common divisor, so that every rank comes to the same answer.
+    From the ranks' host names, because DeepSpeed's launcher sets no LOCAL_WORLD_SIZE, and from that variable (or mpirun's) where
+    it is set. Nodes of different size count with their greatest common divisor, so that every rank comes to the same answer;
+    ranks dealt out to nodes by turns have no neighbours.
     """
-    mine = next((int(os.environ[name]) for name in LOCAL_SIZES if name in os.environ), dist.get_world_size())
-    everyone: list[int] = [0] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    return math.gcd(*everyone)
+    mine = next((int(os.environ[name]) for name in LOCAL_SIZES if name in os.environ), 1)
+    mine = 0 if mine == 1 else mine  # what accelerate writes there on CPU, however many there are
+    everyone: list[tuple[str, int]] = [("", 0)] * dist.get_world_size()
+    dist.all_gather_object(everyone, (socket.gethostname(), mine))
+    return neighbours(everyone)
+
+
+def neighbours(ranks: Sequence[tuple[str, int]]) -> int:
+    """Ranks next to each other on one host, from every rank's (host name, what its launcher says or 0)."""
+    runs = [len(list(run)) for _, run in groupby(ranks, key=itemgetter(0))]
+    return math.gcd(*runs, *(said for _, said in ranks))
 
 
 def _axis(topology: Topology, axis: Axis, timeout: datetime.timedelta) -> AxisGroup:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+import weakref
 from collections.abc import Iterator, Mapping, Sized
 from typing import Any
 
@@ -20,9 +21,10 @@ from ds_cp import comm, config, engine, factor
 from ds_cp.batch import DOCUMENT_KEYS, count_targets
 from ds_cp.deal import Passes
 from ds_cp.mesh import Mesh
+from ds_cp.reliable import Reliable
 
 
-class TrainerMixin:
+class TrainerMixin(Reliable):
     """Put in front of `transformers.Trainer` or a subclass: `class SFT(ds_cp.TrainerMixin, trl.SFTTrainer): ...`.
 
     Needs `TrainingArguments(deepspeed=...)` whose config has a `sequence_parallel` block; with size 1, or without the block, the
@@ -45,7 +47,9 @@ class TrainerMixin:
         _check_arguments(self)
         mesh, methods = engine.prepare(self.model, block, ds_config)
         factor.verify(ds_config, backward_divides=False)  # HF passes scale_wrt_gas=False
-        engine.attach_model(self.model, block, mesh, divisor=lambda: 1, methods=methods)
+        self.cp_handle = engine.attach_model(self.model, block, mesh, divisor=lambda: 1, methods=methods)
+        here = weakref.ref(self)
+        self.cp_handle.watch.step = lambda: here().state.global_step
         if block.loss_reduction in ("mean", "sum"):
             self.model_accepts_loss_kwargs = False  # no num_items_in_batch
         self.loss_is_scaled_for_ga = {"mean": False, "token_mean": True, "sum": True}.get(block.loss_reduction)
@@ -210,6 +214,7 @@ def _check_arguments(trainer: HfTrainer) -> None:
         "use_liger_kernel": (args.use_liger_kernel, "set it to False"),
         "torch_compile": (args.torch_compile, "set it to False"),
         "auto_find_batch_size": (args.auto_find_batch_size, "set it to False"),
+        "enable_jit_checkpoint": (args.enable_jit_checkpoint, "set it to False: SIGTERM saves and stops all ranks together anyway"),
     }
     for name, (given, advice) in refused.items():
         if given:

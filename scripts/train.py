@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,6 @@ from transformers import (
 )
 
 import ds_cp
-from ds_cp import preflight
 
 
 @dataclass
@@ -77,8 +77,9 @@ class TrainArguments(TrainingArguments):
 
 def main() -> None:
     parser = HfArgumentParser((ModelArguments, DataArguments, TrainArguments))
+    if any(argument.startswith("--deepspeed") for argument in sys.argv):
+        ds_cp.init_distributed()  # before TrainingArguments, for which accelerate would make torch's group alone
     model_args, data_args, args = parser.parse_args_into_dataclasses()
-    start_deepspeed(args)
     set_seed(args.seed)
     tokenizer = load_tokenizer(model_args)
     train_rows, eval_rows = load_rows(data_args, args, tokenizer)
@@ -94,6 +95,10 @@ def main() -> None:
     rows_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     trainer.add_callback(MetricsFile(metrics, tokens_per_step=rows_per_step * data_args.seq_length))
     trainer.train(resume_from_checkpoint=resume_from(args))
+    if getattr(trainer, "cp_preempted", False):
+        print(f"stopped and saved after step {trainer.state.global_step}; go on with --resume_from_checkpoint true")
+        torch.distributed.destroy_process_group()
+        return
     if eval_rows is not None and not was_evaluated(trainer):
         trainer.evaluate()
     if args.save_strategy != "no":
@@ -102,15 +107,6 @@ def main() -> None:
         report(args, metrics)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-
-
-def start_deepspeed(args: TrainArguments) -> None:
-    """DeepSpeed's own process group: on CPU accelerate makes torch's alone, and ZeRO-3 would take the job for one rank."""
-    if args.deepspeed is not None:
-        import deepspeed
-
-        preflight.check_extension_locks()
-        deepspeed.init_distributed()
 
 
 def was_evaluated(trainer: Trainer) -> bool:

@@ -23,12 +23,13 @@ from ds_cp import batch as batches
 from ds_cp.attention import attend
 from ds_cp.batch import Methods, SequenceContext
 from ds_cp.kernels.attention import Score
-from ds_cp.loss import CausalLMLoss
+from ds_cp.loss import LOCAL, CausalLMLoss
 from ds_cp.mesh import Mesh
 from ds_cp.models import family_of, lm_head, mlp
 from ds_cp.models.checks import token_mixers
 from ds_cp.models.same_row import SameRow
 from ds_cp.offload import Offload
+from ds_cp.watch import Preemption, Watch
 
 IMPLEMENTATION = "ds_cp"  # must not hold "flash": transformers branches on that substring
 HANDLE = "ds_cp_handle"
@@ -61,8 +62,14 @@ class Handle:
     loss_chunk: int | Literal["auto"] = 0
     tiled_mlp: bool = False
     activation_offload: bool = False
+    watch: Watch | None = None
+    preemption: Preemption | None = None
     _undo: list[Any] | None = None
     _checked: bool = False
+    _local: Tensor | None = None
+    """This rank's own part of the loss that was computed last."""
+    _loss: tuple[Tensor, Tensor] | None = None
+    """(row's loss, own part) of a training forward that was not looked at."""
 
     def apply(self) -> None:
         assert self._undo is None, "already attached"
@@ -114,7 +121,28 @@ class Handle:
         finally:
             self.apply()
 
+    def check_finite(self) -> None:
+        """Of the last training forward; one later than its own, so that the host need not wait for the device.
+
+        Raises:
+            FloatingPointError: on every rank of the row, naming the ranks whose tokens have it. Not in fp16, where DeepSpeed skips
+                such steps.
+        """
+        if self._loss is None:
+            return
+        (loss, local), self._loss = self._loss, None
+        if bool(torch.isfinite(loss)):
+            return
+        everyone = comm.all_gather(local, self.mesh.seq.group).isfinite().tolist()
+        ranks = [rank for rank, finite in zip(self.mesh.seq.ranks, everyone, strict=True) if not finite]
+        raise FloatingPointError(
+            f"the loss of the last forward pass is {loss.item()}, from the tokens of ranks {ranks}; the Trainer has saved nothing "
+            "since. Look at that row, or lower the learning rate"
+        )
+
     def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        self._enter("forward")
+        self.check_finite()
         given = {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
         _refuse_keywords(given)
         device = next(module.parameters()).device
@@ -128,7 +156,9 @@ class Handle:
         return (), {**local, "use_cache": False, "cp": context}
 
     def _loss_function(self, logits: Tensor, *args: Any, cp: SequenceContext | None = None, **kwargs: Any) -> Tensor:
-        return self.loss(logits, *args, cp=cp, **{**kwargs, **self._head.loss_arguments(logits, cp)})
+        loss = self.loss(logits, *args, cp=cp, **{**kwargs, **self._head.loss_arguments(logits, cp)})
+        self._local = getattr(loss, LOCAL)
+        return loss
 
     def _begin_offload(self, tokens: int) -> None:
         model = self.model
@@ -155,7 +185,17 @@ class Handle:
         logits = getattr(output, "logits", None)
         if isinstance(logits, Tensor):
             setattr(logits, CONTEXT, context)
+        self._enter("after the forward" if torch.is_grad_enabled() else "evaluation")
+        loss = getattr(output, "loss", None)
+        if isinstance(loss, Tensor) and loss.requires_grad:
+            loss.register_hook(lambda grad: self._enter("backward"))
+            if self.model.dtype != torch.float16:
+                self._loss = loss.detach(), self._local
         return output
+
+    def _enter(self, phase: str) -> None:
+        if self.watch is not None:
+            self.watch.enter(phase)
 
 
 def attention_forward(

@@ -34,6 +34,9 @@ IMPORTS = _table(
         "lanes": "",
         "factor": "",
         "preflight": "",
+        "watch": "",
+        "launch": "preflight",
+        "reliable": "models watch",
         "tiles": "layout balance",
         "mesh": "topology",
         "kernels": "",
@@ -87,9 +90,10 @@ BEYOND = _table(
         "loader": "models",  # the mesh and the reduction of an engine's model
         "loss": "batch tiled_head",  # SequenceContext and IGNORE; what a token's loss is made of
         # same-row check; shapes of recurrent layers; tiles; Score
-        "models": "comm mesh kernels.delta kernels.attention tiled_head token_values tiled_module offload",
-        "engine": "token_values",  # the public function
-        "trainer": "batch comm config factor mesh deal",  # reads the block, counts targets and verifies the factor as engine does
+        "models": "watch comm mesh kernels.delta kernels.attention tiled_head token_values tiled_module offload",
+        "engine": "token_values watch launch",  # the public function; who is there; the process group
+        # reads the block, counts targets and verifies the factor as engine does; stopping and saving
+        "trainer": "batch comm config factor mesh deal reliable",
         "cli": "topology layout models",  # what `check` resolves: sizes, padding, a model's heads; there is no planner yet
     }
 )
@@ -97,8 +101,8 @@ BEYOND = _table(
 
 OUTSIDE = _table(
     {
-        "transformers": "models engine trainer selftest",
-        "deepspeed": "mesh loss engine trainer factor selftest",
+        "transformers": "models engine trainer selftest reliable",
+        "deepspeed": "mesh loss engine trainer factor selftest launch",
         "flash_attn": "kernels.attention kernels.flash4_hopper",
         "cutlass": "kernels.flash4_hopper",
         "fla": "kernels kernels.attention kernels.delta",
@@ -336,9 +340,17 @@ def _mutations(function: ast.FunctionDef | ast.AsyncFunctionDef, shared: set[str
             yield node
 
 
+PROCESS_WIDE = {
+    "ds_cp/watch.py": ["sys.excepthook"],  # Python's door for an exception that nobody catches
+    "ds_cp/launch.py": ["os.environ"],  # where DeepSpeed reads the address that mpirun's user gave
+}
+"""State of the whole process that a module sets, each with its reason."""
+
+
 @every_module
 def test_no_module_keeps_state(path: Path) -> None:
-    assert mutable_state(parsed(path)) == []
+    found = [line.partition(": ")[2] for line in mutable_state(parsed(path))]
+    assert found == PROCESS_WIDE.get(str(path.relative_to(ROOT)), [])
 
 
 @pytest.mark.parametrize(

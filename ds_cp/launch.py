@@ -1,0 +1,46 @@
+"""How a rank comes to know the others: DeepSpeed's launcher, torchrun, or MPI."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import deepspeed
+from deepspeed.comm import comm as deepspeed_comm
+
+from ds_cp import preflight
+
+MPI_RANKS = ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK")
+
+
+def init_distributed(timeout_s: float | None = None) -> None:
+    """DeepSpeed's process group of the job, whatever started it; the first thing that a training program does.
+
+    Under mpirun, DeepSpeed's `--launcher openmpi`, or srun with PMI, ranks find each other through mpi4py; MASTER_ADDR and
+    MASTER_PORT are respected where they are set. On CPU a program of HF Trainer must call this before it builds its
+    TrainingArguments and model, because accelerate would make torch's group alone.
+
+    Args:
+        timeout_s: seconds after which a collective of all ranks (DeepSpeed's) fails; None is DeepSpeed's own.
+
+    Raises:
+        ValueError: a stale lock of a build, MPI without mpi4py, or a launcher and a process group that disagree.
+    """
+    preflight.check_extension_locks()
+    if "RANK" not in os.environ and any(name in os.environ for name in MPI_RANKS):
+        _discover_mpi()
+    timeout = {} if timeout_s is None else {"timeout": timedelta(seconds=timeout_s)}
+    deepspeed.init_distributed(**timeout)
+    preflight.check_world_size()
+
+
+def _discover_mpi() -> None:
+    given = {name: os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT") if name in os.environ}
+    try:
+        deepspeed_comm.mpi_discovery(distributed_port=int(given.get("MASTER_PORT", 29500)), verbose=False)
+    except (ImportError, RuntimeError) as error:
+        raise ValueError(
+            f"launch: MPI started this program, but mpi4py cannot be used ({error}); pip install mpi4py, or start with deepspeed "
+            "or torchrun"
+        ) from None
+    os.environ |= given

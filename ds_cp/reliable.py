@@ -1,0 +1,96 @@
+"""What a HF Trainer run does when it is told to stop, when it saves, and when it goes on from what was saved."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+
+from ds_cp.models.attach import Handle
+from ds_cp.watch import Preemption
+
+COMPLETE = "ds_cp_complete.json"
+"""Written into a checkpoint when every rank has written its part: without it a checkpoint is not gone on from."""
+
+
+class Reliable:
+    """Before `transformers.Trainer`: SIGTERM saves and ends the run on every rank after the same step; checkpoints are whole."""
+
+    cp_handle: Handle | None = None
+    cp_preempted: bool = False
+    """The run was told to stop, has saved, and `train` has returned."""
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        if self.cp_handle is None:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
+        elif resume_from_checkpoint:
+            _refuse_half(resume_from_checkpoint)
+        told = Preemption()
+        callback = _StopTogether(self, told)
+        self.add_callback(callback)
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self.remove_callback(callback)
+            told.restore()
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if self.cp_handle is None:
+            return super()._save_checkpoint(model, trial)
+        self.cp_handle.check_finite()  # of the last forward pass: nothing that is already lost replaces what is not
+        self.cp_handle.watch.enter("save")
+        super()._save_checkpoint(model, trial)
+        dist.barrier()
+        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save and folder.is_dir():
+            _write_whole(folder / COMPLETE, json.dumps({"step": self.state.global_step, "ranks": dist.get_world_size()}))
+        dist.barrier()
+        self.cp_handle.watch.enter("after the step")
+        return None
+
+
+class _StopTogether(TrainerCallback):
+    def __init__(self, trainer: Reliable, told: Preemption) -> None:
+        self._trainer, self._told = trainer, told
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        handle = self._trainer.cp_handle
+        if handle.watch.stop_after(state.global_step, self._told.told):
+            control.should_training_stop = True
+            control.should_save = args.save_strategy != "no"
+            self._trainer.cp_preempted = True
+
+
+def last_checkpoint(folder: str | os.PathLike[str]) -> str | None:
+    """The newest checkpoint of a Trainer's output folder that was written to its end, or None.
+
+    Where none has the mark (another program wrote them), the newest.
+    """
+    found = list(Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*")) if Path(folder).is_dir() else []
+    whole = [path for path in found if (path / COMPLETE).is_file()]
+    if whole:
+        return str(max(whole, key=lambda path: int(path.name.rsplit("-", 1)[1])))
+    return get_last_checkpoint(str(folder)) if found else None
+
+
+def _refuse_half(given: str) -> None:
+    """Of a folder in which ds_cp has saved: other checkpoints there are whole, this one is not."""
+    here = Path(given)
+    if (here / COMPLETE).is_file() or not any(here.parent.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{COMPLETE}")):
+        return
+    raise ValueError(
+        f"resume_from_checkpoint: {given} was not written to its end (it has no {COMPLETE}); use {last_checkpoint(here.parent)}"
+    )
+
+
+def _write_whole(path: Path, text: str) -> None:
+    part = path.with_suffix(".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
