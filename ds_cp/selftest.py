@@ -160,6 +160,7 @@ def _gradient(parameter: Tensor) -> Tensor:
 def finish(engine: deepspeed.DeepSpeedEngine) -> None:
     """Gives model, groups and engine back; all ranks must call it."""
     handle = engines.attach.handle_of(engine)
+    handle.watch.end()
     handle.remove()
     engines.mesh.destroy(handle.mesh)
     engine.destroy()
