@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ds_cp.launch import init_distributed as init_distributed
     from ds_cp.loader import data_loader as data_loader
     from ds_cp.reliable import last_checkpoint as last_checkpoint
+    from ds_cp.reliable import save_checkpoint as save_checkpoint
     from ds_cp.trainer import Trainer as Trainer
     from ds_cp.trainer import TrainerMixin as TrainerMixin
 
@@ -35,6 +36,7 @@ __all__ = [
     "init_distributed",
     "initialize",
     "last_checkpoint",
+    "save_checkpoint",
     "should_stop",
     "token_logprobs",
     "unshard",
@@ -47,6 +49,7 @@ _HOME = {
     "data_loader": "loader",
     "init_distributed": "launch",
     "last_checkpoint": "reliable",
+    "save_checkpoint": "reliable",
 }
 
 

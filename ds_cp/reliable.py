@@ -1,17 +1,19 @@
-"""What a HF Trainer run does when it is told to stop, when it saves, and when it goes on from what was saved."""
+"""Checkpoints that are whole, and a HF Trainer run that is told to stop."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
-from ds_cp.models.attach import Handle
+from ds_cp.models.attach import Handle, handle_of
 from ds_cp.watch import Preemption
 
 COMPLETE = "ds_cp_complete.json"
@@ -68,6 +70,30 @@ class _StopTogether(TrainerCallback):
             self._trainer.cp_preempted = True
 
 
+def save_checkpoint(
+    engine: nn.Module, folder: str | os.PathLike[str], tag: str | None = None, client_state: Mapping[str, Any] | None = None
+) -> None:
+    """`engine.save_checkpoint`, but `latest` names this checkpoint only when every rank has written its part, all at once.
+
+    DeepSpeed writes `latest` when rank 0 is done, whatever becomes of the others. Every rank must call it.
+
+    Raises:
+        FloatingPointError: the last loss was not finite; nothing is saved.
+    """
+    handle = handle_of(engine)
+    if handle is not None:
+        handle.check_finite()
+        handle.watch.enter("save")
+    tag = tag or f"global_step{engine.global_steps}"
+    engine.save_checkpoint(str(folder), tag=tag, client_state=dict(client_state or {}), save_latest=False)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        _write_whole(Path(folder) / "latest", tag)
+    dist.barrier()
+    if handle is not None:
+        handle.watch.enter("after the step")
+
+
 def last_checkpoint(folder: str | os.PathLike[str]) -> str | None:
     """The newest checkpoint of a Trainer's output folder that was written to its end, or None.
 
@@ -91,6 +117,6 @@ def _refuse_half(given: str) -> None:
 
 
 def _write_whole(path: Path, text: str) -> None:
-    part = path.with_suffix(".part")
+    part = path.with_name(path.name + ".part")
     part.write_text(text, encoding="utf-8")
     part.replace(path)

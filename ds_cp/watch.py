@@ -30,7 +30,7 @@ BEAT_S = 2.0
 SILENT_S = 300.0
 GRACE_S = 30.0
 ANSWER_S = 3 * BEAT_S
-OUTSIDE = ("start", "after the step", "evaluation", "end")
+OUTSIDE = ("start", "after the step", "save", "evaluation")
 """Phases in which a rank need not be waiting for others."""
 
 
@@ -53,7 +53,8 @@ class Watch:
 
     def place(self) -> str:
         """ "step 17, backward": the step that it is in, from 1."""
-        return f"step {self._begun + 1}, {self._where()}"
+        where = self._where()
+        return f"step {self.step() if where in ('after the step', 'save') else self._begun + 1}, {where}"
 
     def _where(self) -> str:
         return "after the step" if self._phase == "backward" and self.step() > self._begun else self._phase

@@ -94,11 +94,11 @@ def goes_on(folder: Path, whole: dict[int, float], after: int) -> None:
 LINES = {
     "kill-forward": r"ds_cp: rank 0 on \S+ stopped in step 4, \S.*(hop|Connection|closed)",
     "kill-backward": r"ds_cp: rank 0 on \S+ stopped in step 4, \S.*(hop|Connection|closed)",
-    "kill-save": r"ds_cp: rank 0 on \S+ stopped in step 4, after the step: ",
+    "kill-save": r"ds_cp: rank 0 on \S+ stopped in step 4, save: ",
     "stall": r"ds_cp: rank 0 on \S+ stopped in step 4, \S.*",
-    "stop": r"ds_cp: rank 0 on \S+ stopped in step 4, \S.*",
+    "stop": r"ds_cp: rank 0 on \S+ (stopped|waited) in step 4, forward.*",
     "nan": r"ds_cp: rank 0 on \S+ stopped in step \d, \S.* is nan, from the tokens of ranks \[1\]",
-    "full-disk": r"ds_cp: rank 0 on \S+ (stopped|waited) in step 4, ",
+    "full-disk": r"ds_cp: rank 0 on \S+ stopped in step 4, save: ",
 }
 """The line of rank 0, where rank 1 has the fault in the fourth step."""
 LEFT = 2

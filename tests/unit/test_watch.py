@@ -1,0 +1,109 @@
+"""Watches of several ranks on one store, their threads off: each test takes the turns itself."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from ds_cp import mesh, reliable
+from ds_cp import watch as watches
+from ds_cp.watch import Preemption, Watch
+
+
+@pytest.fixture
+def ranks(monkeypatch: pytest.MonkeyPatch) -> list[Watch]:
+    monkeypatch.setattr(watches, "BEAT_S", 1e9)
+    monkeypatch.setattr(watches, "ANSWER_S", 0.0)
+    store = dist.HashStore()
+    return [Watch(store, rank, ["host1", "host1", "host2"], silent_s=5, grace_s=3) for rank in range(3)]
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    now = [1000.0]
+    monkeypatch.setattr(watches.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_a_rank_that_goes_silent_ends_those_that_wait(clock: list[float], ranks: list[Watch]) -> None:
+    for rank in ranks:
+        rank.enter("forward")
+    assert [rank.look() for rank in ranks] == [None] * 3
+    for _ in range(2):  # ranks 0 and 1 go on beating
+        assert [after(clock, 2, rank) for rank in ranks[:2]] == [None] * 2
+    line = after(clock, 2, ranks[1])
+    assert line == (
+        "ds_cp: rank 1 on host1 waited in step 1, forward for others and ends: no sign of life from rank 2 on host2 for 6 s"
+    )
+    assert "no sign of life from rank 2 on host2" in str(ranks[0].look())
+
+
+def after(clock: list[float], seconds: float, rank: Watch) -> str | None:
+    clock[0] += seconds
+    return rank.look()
+
+
+def test_nobody_ends_who_waits_for_nobody(clock: list[float], ranks: list[Watch]) -> None:
+    ranks[0].failed("RuntimeError: broken")
+    for phase in watches.OUTSIDE:
+        ranks[1].enter(phase)
+        assert after(clock, 100, ranks[1]) is None
+    ranks[1].enter("backward")
+    assert after(clock, 2, ranks[1]) is None
+    line = after(clock, 2, ranks[1])
+    assert line == (
+        "ds_cp: rank 1 on host1 waited in step 1, backward for others and ends: "
+        "rank 0 on host1 stopped in step 1, start: RuntimeError: broken"
+    )
+
+
+def test_a_backward_whose_step_is_done_is_over(ranks: list[Watch]) -> None:
+    steps = [4]
+    ranks[0].step = lambda: steps[0]
+    ranks[0].enter("backward")
+    assert ranks[0].place() == "step 5, backward"
+    steps[0] = 5
+    assert ranks[0].place() == "step 5, after the step"
+
+
+def test_a_roll_call_names_who_does_not_answer(ranks: list[Watch], monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks[2].enter("forward")
+    monkeypatch.setattr(watches.time, "sleep", lambda _: ranks[2].look())
+    monkeypatch.setattr(watches, "_within", lambda _, work: work() or True)
+    assert ranks[0].roll_call() == "no answer from rank 1 on host1; rank 2 on host2 is in step 1, forward"
+
+
+def test_all_ranks_stop_after_the_step_that_follows_the_wish(ranks: list[Watch]) -> None:
+    assert [rank.stop_after(6, told=False) for rank in ranks] == [False] * 3
+    assert ranks[1].stop_after(7, told=True) is False
+    assert ranks[0].stop_after(7, told=False) is False
+    assert [rank.stop_after(8, told=rank.rank == 1) for rank in ranks] == [True] * 3
+
+
+def test_sigterm_is_a_wish_once() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    told = Preemption()
+    signal.raise_signal(signal.SIGTERM)
+    assert told.told
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_neighbours_stay_on_one_host() -> None:
+    assert mesh.neighbours([("a", 0), ("a", 0), ("b", 0), ("b", 0)]) == 2
+    assert mesh.neighbours([("a", 0)] * 4 + [("b", 0)] * 2) == 2
+    assert mesh.neighbours([("a", 0), ("b", 0), ("a", 0), ("b", 0)]) == 1
+    assert mesh.neighbours([("a", 2)] * 4) == 2
+
+
+def test_a_checkpoint_without_the_mark_is_not_gone_on_from(tmp_path: Path) -> None:
+    assert reliable.last_checkpoint(tmp_path) is None
+    for step in (2, 4, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    assert reliable.last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")  # another program's
+    (tmp_path / "checkpoint-4" / reliable.COMPLETE).touch()
+    assert reliable.last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+    with pytest.raises(ValueError, match=r"checkpoint-10 was not written to its end .* use .*checkpoint-4"):
+        reliable._refuse_half(str(tmp_path / "checkpoint-10"))
