@@ -14,13 +14,13 @@ if TYPE_CHECKING:
     from ds_cp.engine import data_parallel_size as data_parallel_size
     from ds_cp.engine import disabled as disabled
     from ds_cp.engine import initialize as initialize
-    from ds_cp.engine import should_stop as should_stop
     from ds_cp.engine import token_logprobs as token_logprobs
     from ds_cp.engine import unshard as unshard
     from ds_cp.launch import init_distributed as init_distributed
     from ds_cp.loader import data_loader as data_loader
     from ds_cp.reliable import last_checkpoint as last_checkpoint
     from ds_cp.reliable import save_checkpoint as save_checkpoint
+    from ds_cp.reliable import should_stop as should_stop
     from ds_cp.trainer import Trainer as Trainer
     from ds_cp.trainer import TrainerMixin as TrainerMixin
 
@@ -50,6 +50,7 @@ _HOME = {
     "init_distributed": "launch",
     "last_checkpoint": "reliable",
     "save_checkpoint": "reliable",
+    "should_stop": "reliable",
 }
 
 

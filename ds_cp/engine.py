@@ -360,20 +360,6 @@ def disabled(engine: nn.Module) -> AbstractContextManager[None]:
     return nullcontext() if handle is None else handle.disabled()
 
 
-def should_stop(engine: nn.Module) -> bool:
-    """Whether to save and leave the loop now: some rank was told to by SIGTERM. The same answer on every rank, after the same step.
-
-    Every rank must ask after every `engine.step()`. From the first question on SIGTERM does not end the process; a second one does.
-    Without sequence parallelism (size 1) it is always False, and SIGTERM ends the process as ever.
-    """
-    handle = attach.handle_of(engine)
-    if handle is None:
-        return False
-    if handle.preemption is None:
-        handle.preemption = watch.Preemption()
-    return handle.watch.stop_after(engine.global_steps, handle.preemption.told)
-
-
 def data_parallel_size(source: nn.Module | Source) -> int:
     """Number of different rows in a step: ranks of the job / size.
 

@@ -94,6 +94,20 @@ def save_checkpoint(
         handle.watch.enter("after the step")
 
 
+def should_stop(engine: nn.Module) -> bool:
+    """Whether to save and leave the loop now: some rank was told to by SIGTERM. The same answer on every rank, after the same step.
+
+    Every rank must ask after every `engine.step()`. From the first question on SIGTERM does not end the process; a second one does.
+    Without sequence parallelism (size 1) it is always False, and SIGTERM ends the process as ever.
+    """
+    handle = handle_of(engine)
+    if handle is None:
+        return False
+    if handle.preemption is None:
+        handle.preemption = Preemption()
+    return handle.watch.stop_after(engine.global_steps, handle.preemption.told)
+
+
 def last_checkpoint(folder: str | os.PathLike[str]) -> str | None:
     """The newest checkpoint of a Trainer's output folder that was written to its end, or None.
 

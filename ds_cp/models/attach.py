@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from ds_cp import batch as batches
+from ds_cp import comm
 from ds_cp.attention import attend
 from ds_cp.batch import Methods, SequenceContext
 from ds_cp.kernels.attention import Score
