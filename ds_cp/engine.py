@@ -135,15 +135,24 @@ def _gathered_as_one(model: PreTrainedModel, block: Config) -> list[nn.Module]:
 
 
 def attach_model(
-    model: nn.Module, block: Config, mesh_: Mesh, divisor: Callable[[], int], methods: Methods | None = None
+    model: nn.Module,
+    block: Config,
+    mesh_: Mesh,
+    divisor: Callable[[], int],
+    methods: Methods | None = None,
+    steps: Callable[[], int] | None = None,
 ) -> attach.Handle:
-    """Hooks the HF model inside `model`; `divisor` is what backward divides a loss by, `methods` what `prepare` returned."""
+    """Hooks the HF model inside `model`.
+
+    Args:
+        divisor: what backward divides a loss by. methods: what `prepare` returned. steps: accumulation steps, if not `divisor`.
+    """
     inner = attach.find(model)
     handle = attach.Handle(
         model=inner,
         mesh=mesh_,
         methods=methods or methods_of(block, inner, mesh_.topology, compute_dtype({}, inner)),
-        loss=CausalLMLoss(reduction=block.loss_reduction, divisor=divisor),
+        loss=CausalLMLoss(reduction=block.loss_reduction, divisor=divisor, steps=steps),
         loss_chunk=block.loss_chunk,
         tiled_mlp=block.tiled_mlp is True,
         activation_offload=block.activation_offload,
@@ -181,7 +190,9 @@ def methods_of(block: Config, model: nn.Module, degrees: topology.Topology, dtyp
         attention=kernel_of(block, model),
         layout=block.layout,
         ring_impl=block.ring_impl,
-        gathered_tokens=choice.gathered_tokens(split.query, _head_size(model), get_accelerator().device_name()),
+        gathered_tokens=choice.gathered_tokens(
+            split.query, checks.head_size(model.config.get_text_config()), get_accelerator().device_name()
+        ),
         beside=torch.cuda.Stream() if get_accelerator().device_name() == "cuda" else None,
         delta=_delta_kernel(block, shapes, dtype, passing) if shapes else None,
         linear=linear,
@@ -214,18 +225,13 @@ def _wrong_kernel(methods: Methods, model: nn.Module, degrees: topology.Topology
     asked = probe.Asked(
         query_heads=split.query,
         kv_heads=split.kv,
-        head_size=_head_size(model),
+        head_size=checks.head_size(config),
         windows=methods.windows,
         softcap=getattr(config, "attn_logit_softcapping", None),
         rectangles=degrees.ring > 1,
     )
     found = probe.wrong(methods.attention, asked, dtype, torch.device(get_accelerator().current_device_name()))
     return found and f"sequence_parallel.attention_kernel: {found}; name another kernel, or install another version of its package"
-
-
-def _head_size(model: nn.Module) -> int:
-    config = model.config.get_text_config()
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def kernel_of(block: Config, model: nn.Module) -> Kernel:

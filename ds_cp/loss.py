@@ -13,6 +13,12 @@ where divisor is a if engine.backward divides by it (raw DeepSpeed) and 1 if it 
     sum         value L          f = W * divisor             no denominator, no averaging
 
 A denominator of zero counts as one: such a row has a loss of 0 and a gradient of 0.
+
+A term x that every micro-batch has once (a balance loss) is averaged over D and a, and under sum it is summed like the rest:
+
+    mean        value x          f = size
+    token_mean  value x / a      f = size * divisor / a
+    sum         value x          f = W * divisor
 """
 
 from __future__ import annotations
@@ -41,6 +47,8 @@ class CausalLMLoss:
     reduction: Reduction
     divisor: Callable[[], int]
     """What `backward` divides the loss by: the accumulation steps under raw DeepSpeed, 1 under HF Trainer."""
+    steps: Callable[[], int] | None = None
+    """The accumulation steps, where `divisor` is something else."""
 
     def __call__(
         self,
@@ -71,6 +79,24 @@ class CausalLMLoss:
         loss = _Shown.apply(local, shown.to(local.dtype), factor)
         setattr(loss, LOCAL, local.detach())
         return loss
+
+    def once(self, local: Tensor, whole: Tensor, weight: float, items: Tensor | float | None, cp: SequenceContext) -> Tensor:
+        """weight * x of a term x that every micro-batch has once, shown and differentiated by this reduction.
+
+        Args:
+            local: this rank's part, whose sum over the row's ranks is x. whole: x.
+        """
+        topology, reduction = cp.mesh.topology, self.reduction
+        if reduction == "auto":
+            reduction = "mean" if items is None else "token_mean"
+        divisor = self.divisor()
+        steps = divisor if self.steps is None else self.steps()
+        factor, shown = {
+            "mean": (topology.size, 1.0),
+            "token_mean": (topology.size * divisor / steps, 1.0 / steps),
+            "sum": (topology.world * divisor, 1.0),
+        }[reduction]
+        return _Shown.apply(local, whole * (weight * shown), weight * factor)
 
     def _factors(self, cp: SequenceContext, items: Tensor | float | None, device: torch.device) -> tuple[Tensor, Tensor]:
         """(factor on the local gradient, factor on the row's sum), 0-d fp64."""
@@ -109,7 +135,7 @@ class _Shown(torch.autograd.Function):
     """Shows one value and passes another's gradient: y = shown; d local = dy * factor."""
 
     @staticmethod
-    def forward(ctx, local: Tensor, shown: Tensor, factor: Tensor) -> Tensor:
+    def forward(ctx, local: Tensor, shown: Tensor, factor: Tensor | float) -> Tensor:
         ctx.factor, ctx.dtype = factor, local.dtype
         return shown.clone()
 

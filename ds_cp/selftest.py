@@ -13,7 +13,7 @@ from typing import Any
 import deepspeed
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from ds_cp import engine as engines
 from ds_cp.batch import count_targets
@@ -49,7 +49,8 @@ def tiny_model(model_type: str, seed: int = 0, attention: str = "sdpa", **change
         assert hasattr(config, name), name
         setattr(config, name, value)
     torch.manual_seed(seed)
-    if getattr(config, "attn_logit_softcapping", None):  # PyTorch's attention has none
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    if getattr(config, "attn_logit_softcapping", None) or not kind._supports_sdpa:  # nor sinks
         attention = "eager"
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
     family_of_type(model_type).settle(model)
@@ -73,8 +74,9 @@ def reference(model: PreTrainedModel, batches: Sequence[Batch], reduction: str) 
     """Loss and gradients of HF's own model in this process.
 
     `batches` are all micro-batches of the optimizer step, over replicas and accumulation. mean averages their losses,
-    token_mean divides the sum over all targets by their number, sum does not divide. Where the model has recurrent layers, each
-    document of a packed row is a row of its own: on CPU HF's recurrent layers do not see where documents end.
+    token_mean divides the sum over all targets by their number, sum does not divide; a balance loss is averaged, under sum
+    summed. Where the model has recurrent layers, each document of a packed row is a row of its own: on CPU HF's recurrent layers
+    do not see where documents end.
     """
     model.zero_grad()
     recurrent = bool(family_of(model.config).mixers(model))
@@ -84,14 +86,26 @@ def reference(model: PreTrainedModel, batches: Sequence[Batch], reduction: str) 
         if count == 0:
             continue
         scale = {"mean": 1 / len(batches), "token_mean": count / sum(counts), "sum": count}[reduction]
-        for part in _documents(batch) if recurrent else [batch]:
+        parts = _documents(batch) if recurrent else [batch]
+        for part in parts:
             targets = float(count_targets(part))
             if targets:
                 # With a cache transformers does not look for documents in position_ids, and they would attend each other.
-                mean = model(**part, use_cache=False).loss * (scale * targets / count)
+                out = model(**part, use_cache=False)
+                balance = _balance_loss(model, out)
+                assert len(parts) == 1 or balance is None, "a balance loss is one of whole rows"
+                mean = (out.loss if balance is None else out.loss - balance) * (scale * targets / count)
+                if balance is not None:
+                    mean = mean + balance * (1 if reduction == "sum" else 1 / len(batches))
                 mean.backward()
                 total += float(mean.detach())
     return total, {name: _gradient(p) for name, p in model.named_parameters()}
+
+
+def _balance_loss(model: PreTrainedModel, out: Any) -> Tensor | None:
+    """What transformers has added to its loss."""
+    found = getattr(out, "aux_loss", None)
+    return None if found is None else model.router_aux_loss_coef * found
 
 
 def _documents(batch: Batch) -> list[Batch]:

@@ -47,8 +47,15 @@ class TrainerMixin(Reliable):
         _check_arguments(self)
         mesh, methods = engine.prepare(self.model, block, ds_config)
         factor.verify(ds_config, backward_divides=False)  # HF passes scale_wrt_gas=False
-        self.cp_handle = engine.attach_model(self.model, block, mesh, divisor=lambda: 1, methods=methods)
-        here = weakref.ref(self)
+        here, steps = weakref.ref(self), self.args.gradient_accumulation_steps
+        self.cp_handle = engine.attach_model(
+            self.model,
+            block,
+            mesh,
+            divisor=lambda: 1,
+            methods=methods,
+            steps=lambda: getattr(here(), "current_gradient_accumulation_steps", steps),
+        )
         self.cp_handle.watch.step = lambda: here().state.global_step
         if block.loss_reduction in ("mean", "sum"):
             self.model_accepts_loss_kwargs = False  # no num_items_in_batch

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import AttentionInterface, PreTrainedModel
 
 from ds_cp import batch as batches
@@ -26,7 +27,7 @@ from ds_cp.batch import Methods, SequenceContext
 from ds_cp.kernels.attention import Score
 from ds_cp.loss import LOCAL, CausalLMLoss
 from ds_cp.mesh import Mesh
-from ds_cp.models import family_of, lm_head, mlp
+from ds_cp.models import family_of, lm_head, mlp, routers
 from ds_cp.models.checks import token_mixers
 from ds_cp.models.same_row import SameRow
 from ds_cp.offload import Offload
@@ -85,6 +86,8 @@ class Handle:
         self._mlps = mlp.Door(self.model, self.tiled_mlp)
         self._mlps.apply()
         self._same_row = SameRow(self.mesh)
+        self._routers = routers.Door(self.model)
+        self._routers.apply()
         self._offload = Offload() if self.activation_offload else None
         family = family_of(self.model.config)
         undo = [family.attach(module) for module in family.mixers(self.model).values()] if family else []
@@ -106,6 +109,7 @@ class Handle:
             hook.remove()
         self._head.remove()
         self._mlps.remove()
+        self._routers.remove()
         self.model.set_attn_implementation(implementation)
         if loss is None:
             del self.model._loss_function
@@ -150,16 +154,18 @@ class Handle:
         self._same_row.check(given, device)
         census = None if self._checked else Census()
         asked = {key: given.pop(key, None) for key in lm_head.CALL_KEYS}
+        rest = self._routers.begin(given.pop(routers.KEY, None))
         local, context = batches.prepare(given, self.mesh, self.methods, device, census)
         self._head.begin(asked, local, context)
         if self._offload is not None and torch.is_grad_enabled():
             self._begin_offload(local["position_ids"].shape[-1])
-        return (), {**local, "use_cache": False, "cp": context}
+        return (), {**local, **rest, "use_cache": False, "cp": context}
 
     def _loss_function(self, logits: Tensor, *args: Any, cp: SequenceContext | None = None, **kwargs: Any) -> Tensor:
         loss = self.loss(logits, *args, cp=cp, **{**kwargs, **self._head.loss_arguments(logits, cp)})
         self._local = getattr(loss, LOCAL)
-        return loss
+        balance = self._routers.loss(self.loss, kwargs.get("num_items_in_batch"), cp)
+        return loss if balance is None else loss + balance
 
     def _begin_offload(self, tokens: int) -> None:
         model = self.model
@@ -182,7 +188,7 @@ class Handle:
         if context.census is not None:
             context.census.check(token_mixers(module))
             self._checked = True
-        output = self._head.end(output, context)
+        output = self._routers.end(self._head.end(output, context), context)
         logits = getattr(output, "logits", None)
         if isinstance(logits, Tensor):
             setattr(logits, CONTEXT, context)
@@ -230,7 +236,16 @@ def attention_forward(
     if cp.census is not None:
         cp.census.calls[id(module)] += 1
     score = Score(query.shape[-1] ** -0.5 if scaling is None else scaling, kwargs.get("softcap") or None)
-    return attend(query, key, value, cp, score, _window(module, kwargs.get("sliding_window"), cp), kwargs.get("s_aux")), None
+    window, size = _window(module, kwargs.get("sliding_window"), cp), value.shape[-1]
+    if size != query.shape[-1]:  # latent attention
+        query, key, value = _of_one_size(query, key, value)
+    return attend(query, key, value, cp, score, window, kwargs.get("s_aux"))[..., :size], None
+
+
+def _of_one_size(*tensors: Tensor) -> list[Tensor]:
+    """Heads filled up with zeros, which change no score, and of the output only what is cut off again."""
+    size = max(x.shape[-1] for x in tensors)
+    return [functional.pad(x, (0, size - x.shape[-1])) for x in tensors]
 
 
 def _window(module: nn.Module, given: int | None, cp: SequenceContext) -> int | None:
@@ -256,8 +271,6 @@ def handle_of(model: nn.Module) -> Handle | None:
 def _refuse_keywords(given: dict[str, Any]) -> None:
     if given.get("past_key_values") is not None or given.get("use_cache"):
         raise ValueError("batch: decoding with a cache is not sharded; generate inside `with ds_cp.disabled(engine):`")
-    if given.get("output_router_logits"):
-        raise ValueError("batch: output_router_logits: the balance loss of a whole row is not in this version; leave it out")
     if given.get("output_attentions"):
         raise ValueError("batch: output_attentions is not available: the scores of a row are never in one place")
     keep = given.get("logits_to_keep", 0)

@@ -66,6 +66,13 @@ def heads(model: PreTrainedModel) -> list[tuple[int, int]]:
     return [(query, getattr(config, "num_key_value_heads", None) or query)]
 
 
+def head_size(config: PretrainedConfig) -> int:
+    """Of queries and keys; under latent attention values have another, which `attach` pads to it."""
+    if getattr(config, "qk_nope_head_dim", None):
+        return config.qk_nope_head_dim + config.qk_rope_head_dim
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def heads_of_pretrained(name: str) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     """Checks a model by name or path without its weights, and gives its heads: of attention, and (value, key) of DeltaNet layers.
 

@@ -41,8 +41,6 @@ def attach(module: nn.Module) -> Callable[[], None]:
 
 
 def refuse(config: PretrainedConfig) -> str | None:
-    if getattr(config, "output_router_logits", False):
-        return "config.output_router_logits is True: the balance loss of a whole row is not in this version; set it to False"
     return None
 
 

@@ -66,6 +66,7 @@ IMPORTS = _table(
         "tiled_module": "replay",
         "token_values": "batch tiled_head replay",
         "loss": "comm mesh",
+        "router_loss": "comm batch",
         "deal": "batch",
         "loader": "comm batch mesh deal",
         "models": "batch attention delta loss",
@@ -89,8 +90,8 @@ BEYOND = _table(
         "ring": "kernels.merge kernels.sums kernels.attention",  # merging; what sums gradients; Score
         "loader": "models",  # the mesh and the reduction of an engine's model
         "loss": "batch tiled_head",  # SequenceContext and IGNORE; what a token's loss is made of
-        # same-row check; shapes of recurrent layers; tiles; Score
-        "models": "watch comm mesh kernels.delta kernels.attention tiled_head token_values tiled_module offload",
+        # same-row check; shapes of recurrent layers; tiles; Score; the balance loss
+        "models": "watch comm mesh kernels.delta kernels.attention tiled_head token_values tiled_module offload router_loss",
         "engine": "token_values watch launch",  # the public function; who is there; the process group
         # reads the block, counts targets and verifies the factor as engine does; stopping and saving
         "trainer": "batch comm config factor mesh deal reliable",

@@ -54,7 +54,11 @@ REFUSED = {
         lambda: small("gpt_oss", layer_types=["full_attention"] * 2, num_local_experts=2, num_experts_per_tok=1),
         "num_local_experts is 2",
     ),
-    "experts (mixtral)": (lambda: small("mixtral", num_local_experts=2), "mixtures of experts"),
+    "experts (phimoe)": (lambda: small("phimoe", num_local_experts=2), "mixtures of experts"),
+    "router noise (mixtral)": (
+        lambda: small("mixtral", num_local_experts=2, router_jitter_noise=0.1),
+        "router_jitter_noise is 0.1",
+    ),
     "recurrent (mamba)": (lambda: small("mamba", state_size=4), "recurrent layers of this kind are not in this version"),
     "recurrent (kimi_linear)": (
         lambda: small(
@@ -66,16 +70,15 @@ REFUSED = {
         ),
         "is a KimiLinearDeltaAttention: recurrent layers of this kind are not in this version",
     ),
-    "balance loss (qwen3_next)": (
-        lambda: small("qwen3_next", num_experts=2, moe_intermediate_size=8, output_router_logits=True),
-        "the balance loss of a whole row is not in this version",
-    ),
     "dropout (llama)": (lambda: small("llama", attention_dropout=0.1), "attention_dropout is 0.1: set it to 0"),
     "length-dependent rope (llama)": (
         lambda: small("llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
         "rope_type dynamic",
     ),
-    "an unlisted type (cohere)": (lambda: small("cohere"), "has not been compared with one process; supported: cohere2, gemma"),
+    "an unlisted type (cohere)": (
+        lambda: small("cohere"),
+        "has not been compared with one process; supported: cohere2, deepseek_v3",
+    ),
     "no interface (bloom)": (lambda: small("bloom", n_head=4, attention_dropout=0.0), "not been compared"),
     "encoder-decoder (t5)": (
         lambda: AutoModelForSeq2SeqLM.from_config(CONFIG_MAPPING["t5"](d_model=32, d_kv=8, d_ff=32, num_layers=1, vocab_size=64)),

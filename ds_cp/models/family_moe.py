@@ -1,0 +1,79 @@
+"""Decoder-only text models with mixtures of experts: tokens stay on their rank, experts are whole on each.
+
+A layer's experts are parameters of one module (transformers 5), gathered and reduced as one by ZeRO-3 whoever is routed to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from transformers import CONFIG_MAPPING, PretrainedConfig
+
+MODEL_TYPES = frozenset({"mixtral", "qwen3_moe", "olmoe", "deepseek_v3", "glm4_moe"})
+
+HANDLES = frozenset({"experts"})
+
+_TINY: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.1,
+    "attention_dropout": 0.0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+_GROUPED: dict[str, Any] = {
+    "n_routed_experts": 8,
+    "moe_intermediate_size": 32,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
+
+_TINY_OF: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 6},
+    "qwen3_moe": {"num_experts": 6, "head_dim": 16, "moe_intermediate_size": 32, "norm_topk_prob": True},
+    "olmoe": {"num_experts": 6},
+    "deepseek_v3": {
+        **_GROUPED,
+        "num_key_value_heads": 8,
+        "q_lora_rank": 24,
+        "kv_lora_rank": 32,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 16,
+        "v_head_dim": 12,
+    },
+    "glm4_moe": {**_GROUPED, "head_dim": 16, "use_qk_norm": True},
+}
+
+
+def tiny(model_type: str) -> PretrainedConfig:
+    return CONFIG_MAPPING[model_type](**{**_TINY, **_TINY_OF[model_type]})
+
+
+def refuse(config: PretrainedConfig) -> str | None:
+    noise = getattr(config, "router_jitter_noise", 0.0)
+    if noise:
+        return f"config.router_jitter_noise is {noise}: set it to 0, shards would draw other noise than one process"
+    return None
+
+
+def settle(model: nn.Module) -> None:
+    pass
+
+
+def mixers(model: nn.Module) -> dict[str, nn.Module]:
+    return {}
+
+
+def attach(module: nn.Module) -> Callable[[], None]:
+    raise AssertionError("a model of attention layers has no mixers")
