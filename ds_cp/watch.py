@@ -30,6 +30,7 @@ BEAT_S = 2.0
 SILENT_S = 300.0
 GRACE_S = 30.0
 ANSWER_S = 3 * BEAT_S
+CONNECT = timedelta(seconds=60)
 OUTSIDE = ("start", "after the step", "save", "evaluation")
 """Phases in which a rank need not be waiting for others."""
 
@@ -147,7 +148,8 @@ def begin(silent_s: float = SILENT_S, grace_s: float = GRACE_S) -> Watch:
     everyone: list[tuple[str, int]] = [("", 0)] * world
     dist.all_gather_object(everyone, (socket.gethostname(), store.port if store is not None else 0))
     if store is None:
-        store = dist.TCPStore(server, everyone[0][1], is_master=False, wait_for_workers=False)
+        store = dist.TCPStore(server, everyone[0][1], is_master=False, timeout=CONNECT, wait_for_workers=False)
+    dist.barrier()  # rank 0 may be done, and its store gone, before others have reached it
     store.set_timeout(timedelta(seconds=5 * BEAT_S))
     watch = Watch(store, rank, [host for host, _ in everyone], silent_s, grace_s)
     _say_at_the_end(weakref.ref(watch))

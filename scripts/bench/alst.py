@@ -144,17 +144,18 @@ def build_alst(model: torch.nn.Module, optimizer: torch.optim.Optimizer, case: C
     from deepspeed.runtime.sequence_parallel import parallel_state_sp as mpu
     from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF, UlyssesSPDataLoaderAdapter
 
+    size = torch.distributed.get_world_size()
     if mpu._SEQUENCE_PARALLEL_GROUP is None:  # a second registration in a process would wrap the first
         UlyssesSPAttentionHF.register_with_transformers(
-            model, core_attn_implementation="sdpa", sequence_parallel_size=SP, micro_batch_size=1
+            model, core_attn_implementation="sdpa", sequence_parallel_size=size, micro_batch_size=1
         )
-    config = deepspeed_config(case) | {"sequence_parallel_size": SP}
+    config = deepspeed_config(case) | {"sequence_parallel_size": size}
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, mpu=mpu)
     group, rank = mpu.get_sequence_parallel_group(), mpu.get_sequence_parallel_rank()
-    # The adapter makes SP micro-batches of one draw: the row that rank 0 drew, then the row that rank 1 drew.
-    drawn = (make_rows(case)[0] * (SP * (case.steps + 1)))[rank::SP]
+    # The adapter makes `size` micro-batches of one draw: the row that rank 0 drew, then the row that rank 1 drew.
+    drawn = (make_rows(case)[0] * (size * (case.steps + 1)))[rank::size]
     plain = torch.utils.data.DataLoader(drawn, batch_size=None)
-    loader = UlyssesSPDataLoaderAdapter(plain, rank, group, SP, engine.device)
+    loader = UlyssesSPDataLoaderAdapter(plain, rank, group, size, engine.device)
 
     def step() -> None:
         for _ in case.strides:
@@ -173,7 +174,7 @@ def build_alst(model: torch.nn.Module, optimizer: torch.optim.Optimizer, case: C
 def build_ours(model: torch.nn.Module, optimizer: torch.optim.Optimizer, case: Case, **sizes: int) -> Step:
     import ds_cp
 
-    config = deepspeed_config(case) | {"sequence_parallel": {"size": SP, **sizes}}
+    config = deepspeed_config(case) | {"sequence_parallel": {"size": torch.distributed.get_world_size(), **sizes}}
     engine, *_ = ds_cp.initialize(model=model, optimizer=optimizer, config=config)
     rows, targets = make_rows(case)
     # Without a count the loss is the mean of its own row: right for one row, not for two unequal ones.

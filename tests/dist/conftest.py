@@ -15,7 +15,7 @@ def pool(built_extension: None) -> Iterator[Callable[..., Pool]]:
 
     def get(world: int, local_world: int | None = None) -> Pool:
         key = (world, local_world)
-        if key not in pools:
+        if key not in pools or not pools[key].usable:
             pools[key] = Pool(world, local_world)
         return pools[key]
 

@@ -7,17 +7,20 @@ traceback is in the exception; a rank that does not answer in time ends the pool
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import importlib
 import os
 import queue
+import signal
 import socket
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any
 
 import torch.multiprocessing as mp
 
-TIMEOUT_S = 300
+TIMEOUT_S = 240
 
 
 class WorkerError(Exception):
@@ -60,6 +63,7 @@ class Pool:
                 rank, value, error = self._results.get(timeout=TIMEOUT_S)
             except queue.Empty:
                 missing = sorted(set(range(self.world)) - set(results))
+                self._show_where()
                 self.close()
                 raise TimeoutError(f"ranks {missing} of {self.world} did not answer in {TIMEOUT_S} s") from None
             results[rank] = (value, error)
@@ -67,6 +71,17 @@ class Pool:
         if any(errors):
             raise WorkerError(errors)
         return [results[rank][0] for rank in range(self.world)]
+
+    def _show_where(self) -> None:
+        """Every rank writes its threads' stacks to stderr."""
+        for process in self._processes:
+            if process.is_alive():
+                os.kill(process.pid, signal.SIGUSR1)
+                time.sleep(1)
+
+    @property
+    def usable(self) -> bool:
+        return all(process.is_alive() for process in self._processes)
 
     def close(self) -> None:
         for process in self._processes:
@@ -90,6 +105,7 @@ def _work(rank: int, world: int, local_world: int, port: int, jobs: Any, results
     import deepspeed
     import torch
 
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
     torch.set_num_threads(1)
     mp.set_start_method("fork", force=True)  # for loaders' workers, as in a process that a launcher starts
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
