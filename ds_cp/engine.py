@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import weakref
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -84,8 +83,7 @@ def initialize(
     ours["sequence_parallel_size"] = mesh_.seq.size  # DeepSpeed's batch arithmetic then counts replicas
     engine, optimizer, _, scheduler = deepspeed.initialize(**given, config=ours)
     handle = attach_model(engine.module, block, mesh_, engine.gradient_accumulation_steps, methods)
-    here = weakref.ref(engine)
-    handle.watch.step = lambda: here().global_steps
+    handle.watch.follow(engine, "global_steps")
     loader = None
     if training_data is not None:
         loader = data_loader(engine, training_data, collate_fn, drop_last=ds_config.get("dataloader_drop_last") is True)

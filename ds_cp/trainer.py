@@ -56,7 +56,7 @@ class TrainerMixin(Reliable):
             methods=methods,
             steps=lambda: getattr(here(), "current_gradient_accumulation_steps", steps),
         )
-        self.cp_handle.watch.step = lambda: here().state.global_step
+        self.cp_handle.watch.follow(self, "state.global_step")
         if block.loss_reduction in ("mean", "sum"):
             self.model_accepts_loss_kwargs = False  # no num_items_in_batch
         self.loss_is_scaled_for_ga = {"mean": False, "token_mean": True, "sum": True}.get(block.loss_reduction)

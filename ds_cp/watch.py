@@ -22,6 +22,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from operator import attrgetter
 from types import TracebackType
 
 import torch.distributed as dist
@@ -48,6 +49,11 @@ class Watch:
         self._neighbour, self._answered, self._told = ("", time.monotonic()), 0, False
         self._ended = threading.Event()
         threading.Thread(target=_loop, args=(weakref.ref(self), self._ended), daemon=True, name="ds_cp watch").start()
+
+    def follow(self, owner: object, attribute: str) -> None:
+        """Takes the number of finished steps from `owner`, which it does not keep alive."""
+        here, read = weakref.ref(owner), attrgetter(attribute)
+        self.step = lambda: 0 if here() is None else read(here())
 
     def enter(self, phase: str) -> None:
         self._phase, self._since, self._begun = phase, time.monotonic(), self.step()

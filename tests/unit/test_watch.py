@@ -60,13 +60,19 @@ def test_nobody_ends_who_waits_for_nobody(clock: list[float], ranks: list[Watch]
     )
 
 
+class Counts:
+    global_steps = 4
+
+
 def test_a_backward_whose_step_is_done_is_over(ranks: list[Watch]) -> None:
-    steps = [4]
-    ranks[0].step = lambda: steps[0]
+    engine = Counts()
+    ranks[0].follow(engine, "global_steps")
     ranks[0].enter("backward")
     assert ranks[0].place() == "step 5, backward"
-    steps[0] = 5
+    engine.global_steps = 5
     assert ranks[0].place() == "step 5, after the step"
+    del engine
+    assert ranks[0].place() == "step 5, backward"  # nobody counts any more
 
 
 def test_a_roll_call_names_who_does_not_answer(ranks: list[Watch], monkeypatch: pytest.MonkeyPatch) -> None:
