@@ -6,7 +6,8 @@ In the docstrings `w` is the group's size, `i`, `j` are ranks of it, `x_i` is th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -43,11 +44,18 @@ def _exchange(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 def _all_to_all_single(
     out: Tensor, x: Tensor, group: dist.ProcessGroup, received: list[int] | None = None, sent: list[int] | None = None
 ) -> None:
-    try:
+    with _named("all-to-all", group):
         dist.all_to_all_single(out, x, received, sent, group=group)
+
+
+@contextmanager
+def _named(what: str, group: dist.ProcessGroup) -> Iterator[None]:
+    """An error inside says which collective of which ranks it was."""
+    try:
+        yield
     except RuntimeError as error:
         ranks = dist.get_process_group_ranks(group)
-        raise RuntimeError(f"ds_cp: the all-to-all of ranks {ranks} failed on rank {dist.get_rank()}: {error}") from error
+        raise RuntimeError(f"ds_cp: the {what} of ranks {ranks} failed on rank {dist.get_rank()}: {error}") from error
 
 
 def exchange(x: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
@@ -77,7 +85,8 @@ class _AllGather(torch.autograd.Function):
         ctx.group = group
         ctx.shape, ranks = x.shape, dist.get_world_size(group)
         out = x.new_empty(ranks * x.numel())
-        dist.all_gather_into_tensor(out, x.contiguous().view(-1), group=group)
+        with _named("all-gather", group):
+            dist.all_gather_into_tensor(out, x.contiguous().view(-1), group=group)
         return out.view(ranks, *x.shape)
 
     @staticmethod
@@ -91,7 +100,8 @@ def all_sum(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """The detached sum over the group, for values that are shown: no gradient passes."""
     out = x.detach().clone()
     if group is not None:
-        dist.all_reduce(out, group=group)
+        with _named("all-reduce", group):
+            dist.all_reduce(out, group=group)
     return out
 
 

@@ -384,11 +384,14 @@ def bad_batch(block: dict[str, Any], key: str) -> None:
     engine(**(batch if wrong is None else {**batch, key: wrong}))
 
 
-def stall(block: dict[str, Any], seconds: float) -> None:
-    """Rank 1 sleeps before its second forward pass, in which rank 0 waits for it."""
+def stall(block: dict[str, Any], seconds: float, layer: bool) -> None:
+    """Rank 1 sleeps before its second forward pass, or in its first layer there; rank 0 waits for it."""
     engine, _ = started(block)
     engine(**rows(1, 20)[0])
-    if torch.distributed.get_rank() == 1:
+    if torch.distributed.get_rank() == 1 and layer:
+        attention = engine.module.model.layers[0].self_attn
+        attention.register_forward_pre_hook(lambda *_: time.sleep(seconds))
+    elif torch.distributed.get_rank() == 1:
         time.sleep(seconds)
     engine(**rows(1, 20)[0])
 
