@@ -15,6 +15,8 @@ query heads of a group on a rank.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -69,11 +71,12 @@ class AttentionByHeads(torch.autograd.Function):
         return dq_TNH, dk_TMH, dv_TMH, None if sink_n is None else torch.cat(dsinks), None, None, None
 
 
+@dataclass(frozen=True)
 class Group:
     """Query heads of a rank, and the key/value heads that serve them."""
 
-    def __init__(self, query: slice, kv: slice) -> None:
-        self.query, self.kv = query, kv
+    query: slice
+    kv: slice
 
 
 def groups(split: HeadSplit, chunks: int) -> list[Group]:

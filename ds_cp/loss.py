@@ -86,9 +86,7 @@ class CausalLMLoss:
         Args:
             local: this rank's part, whose sum over the row's ranks is x. whole: x.
         """
-        topology, reduction = cp.mesh.topology, self.reduction
-        if reduction == "auto":
-            reduction = "mean" if items is None else "token_mean"
+        topology, reduction = cp.mesh.topology, self._resolved(items)
         divisor = self.divisor()
         steps = divisor if self.steps is None else self.steps()
         factor, shown = {
@@ -98,11 +96,14 @@ class CausalLMLoss:
         }[reduction]
         return _Shown.apply(local, whole * (weight * shown), weight * factor)
 
+    def _resolved(self, items: Tensor | float | None) -> Reduction:
+        if self.reduction == "auto":
+            return "mean" if items is None else "token_mean"
+        return self.reduction
+
     def _factors(self, cp: SequenceContext, items: Tensor | float | None, device: torch.device) -> tuple[Tensor, Tensor]:
         """(factor on the local gradient, factor on the row's sum), 0-d fp64."""
-        topology, reduction = cp.mesh.topology, self.reduction
-        if reduction == "auto":
-            reduction = "mean" if items is None else "token_mean"
+        topology, reduction = cp.mesh.topology, self._resolved(items)
         if reduction == "token_mean" and items is None:
             raise ValueError(
                 "sequence_parallel.loss_reduction: token_mean needs num_items_in_batch in the batch, the number of targets "

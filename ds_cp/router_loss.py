@@ -40,10 +40,11 @@ def balance_loss(logits_TE: Sequence[Tensor], top_k: int, context: SequenceConte
         sums[:experts].index_add_(0, chosen_TK.flatten(), real_T.double().repeat_interleave(top_k))
         sums[experts:-1] += (probabilities_TE * real_T.unsqueeze(1)).sum(0)
         sums[-1] += real_T.sum()
+    own_E = sums[experts:-1]
     sums = comm.all_sum(sums, context.mesh.seq.group)
     counts_E, probabilities_E, rows = sums[:experts], sums[experts:-1], sums[-1]
     weight_E = counts_E * (experts / rows**2)
-    return _Weighted.apply(weight_E.float(), real_T, *logits_TE), (weight_E @ probabilities_E).float()
+    return _Weighted.apply((weight_E @ own_E).float(), weight_E.float(), real_T, *logits_TE), (weight_E @ probabilities_E).float()
 
 
 def _real_tokens(context: SequenceContext, device: torch.device) -> Tensor:
@@ -59,13 +60,13 @@ def _probabilities(logits_TE: Tensor) -> Tensor:
 class _Weighted(torch.autograd.Function):
     """y = sum over layers and tokens of real_t sum_e w_e p_te, p = softmax(z);  dz_te = dy real_t p_te (w_e - sum_f w_f p_tf).
 
-    Keeps the logits, which the router's own backward keeps too, and no probabilities.
+    y is given. Keeps the logits, which the router's own backward keeps too, and no probabilities.
     """
 
     @staticmethod
-    def forward(ctx, weight_E: Tensor, real_T: Tensor, *logits_TE: Tensor) -> Tensor:
+    def forward(ctx, y: Tensor, weight_E: Tensor, real_T: Tensor, *logits_TE: Tensor) -> Tensor:
         ctx.save_for_backward(weight_E, real_T, *logits_TE)
-        return sum(((_probabilities(x) @ weight_E) @ real_T for x in logits_TE), start=weight_E.new_zeros(()))
+        return y.clone()
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -74,4 +75,4 @@ class _Weighted(torch.autograd.Function):
         for layer_TE in logits_TE:
             p_TE = _probabilities(layer_TE)
             grads.append((p_TE * (weight_E - (p_TE @ weight_E).unsqueeze(1)) * (grad * real_T).unsqueeze(1)).to(layer_TE.dtype))
-        return None, None, *grads
+        return None, None, None, *grads

@@ -156,14 +156,10 @@ def plan_window(layout: Layout, ring_rank: int, documents: Sequence[int], window
 
 def _bands(q_start: int, queries: int, k_start: int, keys: int, window: int) -> list[Tile]:
     """The first queries see all of few keys, and FlashAttention-2 and 3 cannot be told that of a band of more queries than keys."""
-    seeing_all, k_end, tiles = min(max(window - keys, 0), queries), k_start + keys, []
-    if queries > keys:
-        tiles.append(Tile(q_start, q_start + seeing_all, k_start, k_end))
-    else:
-        seeing_all = 0
-    if seeing_all < queries:
-        tiles.append(Tile(q_start + seeing_all, q_start + queries, k_start, k_end, window=window, ahead=keys + seeing_all))
-    return tiles
+    seeing_all = min(window - keys, queries) if queries > keys else 0
+    cut, q_end, k_end = q_start + seeing_all, q_start + queries, k_start + keys
+    plain = [Tile(q_start, cut, k_start, k_end)] if seeing_all else []
+    return plain + ([Tile(cut, q_end, k_start, k_end, window=window, ahead=keys + seeing_all)] if cut < q_end else [])
 
 
 def _halo(layout: Layout, ring_rank: int, documents: Sequence[int], window: int, needed: list[Range]) -> Halo:

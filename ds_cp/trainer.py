@@ -94,8 +94,7 @@ class TrainerMixin(Reliable):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Sharded evaluation; logits, where metrics ask for them, are those of the whole rows."""
         if self.cp_mesh is not None:
-            tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
-            self._cp_rows = len(tokens)
+            self._cp_rows = len(_tokens(inputs))
         if self.cp_mesh is None or prediction_loss_only:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys=ignore_keys)
         inputs = self._prepare_inputs(inputs)
@@ -159,7 +158,7 @@ class TrainerMixin(Reliable):
 
     def _count_tokens(self, inputs: Mapping[str, Any]) -> None:
         self._cp_clock = time.perf_counter() if self._cp_clock is None else self._cp_clock
-        tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+        tokens = _tokens(inputs)
         self._cp_tokens += tokens.shape[0] * tokens.shape[1]
 
     def _gather_rows(self, tensors: Any) -> Any:
@@ -179,6 +178,11 @@ class TrainerMixin(Reliable):
 
 class Trainer(TrainerMixin, HfTrainer):
     """`transformers.Trainer` whose rows may be longer than one GPU: see `TrainerMixin`."""
+
+
+def _tokens(inputs: Mapping[str, Any]) -> Tensor:
+    """[B, S] or [B, S, D]."""
+    return inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
 
 
 def _deepspeed_config(trainer: HfTrainer) -> Mapping[str, Any]:

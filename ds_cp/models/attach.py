@@ -25,6 +25,7 @@ from ds_cp import comm
 from ds_cp.attention import attend
 from ds_cp.batch import Methods, SequenceContext
 from ds_cp.kernels.attention import Score
+from ds_cp.late import Late
 from ds_cp.loss import LOCAL, CausalLMLoss
 from ds_cp.mesh import Mesh
 from ds_cp.models import family_of, lm_head, mlp, routers
@@ -70,8 +71,8 @@ class Handle:
     _checked: bool = False
     _local: Tensor | None = None
     """This rank's own part of the loss that was computed last."""
-    _loss: tuple[Tensor, Tensor] | None = None
-    """(row's loss, own part) of a training forward that was not looked at."""
+    _loss: tuple[Late, Tensor, Tensor] | None = None
+    """(it is finite, row's loss, own part) of a training forward that was not looked at."""
 
     def apply(self) -> None:
         assert self._undo is None, "already attached"
@@ -127,7 +128,7 @@ class Handle:
             self.apply()
 
     def check_finite(self) -> None:
-        """Of the last training forward; one later than its own, so that the host need not wait for the device.
+        """Of the last training forward, in the pass after it: the host does not wait for what the device was given since.
 
         Raises:
             FloatingPointError: on every rank of the row, naming the ranks whose tokens have it. Not in fp16, where DeepSpeed skips
@@ -135,8 +136,8 @@ class Handle:
         """
         if self._loss is None:
             return
-        (loss, local), self._loss = self._loss, None
-        if bool(torch.isfinite(loss)):
+        (finite, loss, local), self._loss = self._loss, None
+        if finite.read():
             return
         everyone = comm.all_gather(local, self.mesh.seq.group).isfinite().tolist()
         ranks = [rank for rank, finite in zip(self.mesh.seq.ranks, everyone, strict=True) if not finite]
@@ -197,7 +198,7 @@ class Handle:
         if isinstance(loss, Tensor) and loss.requires_grad:
             loss.register_hook(lambda grad: self._enter("backward"))
             if self.model.dtype != torch.float16:
-                self._loss = loss.detach(), self._local
+                self._loss = Late(torch.isfinite(loss.detach())), loss.detach(), self._local
         return output
 
     def _enter(self, phase: str) -> None:

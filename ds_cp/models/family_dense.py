@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-from torch import nn
 from transformers import CONFIG_MAPPING, PretrainedConfig
+
+from ds_cp.models.attention_only import TINY, attach, mixers, settle
+
+__all__ = ["HANDLES", "MODEL_TYPES", "attach", "mixers", "refuse", "settle", "tiny"]
 
 MODEL_TYPES = frozenset(
     {
@@ -33,17 +35,9 @@ MODEL_TYPES = frozenset(
 HANDLES: frozenset[str] = frozenset()
 
 _TINY: dict[str, Any] = {
-    "vocab_size": 96,
-    "hidden_size": 64,
+    **TINY,
     "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 8,
-    "max_position_embeddings": 512,
     "initializer_range": 0.2,
-    "attention_dropout": 0.0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
 }
 
 _SLIDING: dict[str, Any] = {"sliding_window": 11, "layer_types": ["sliding_attention", "full_attention"]}
@@ -71,15 +65,3 @@ def tiny(model_type: str) -> PretrainedConfig:
 
 def refuse(config: PretrainedConfig) -> str | None:
     return None
-
-
-def settle(model: nn.Module) -> None:
-    pass
-
-
-def mixers(model: nn.Module) -> dict[str, nn.Module]:
-    return {}
-
-
-def attach(module: nn.Module) -> Callable[[], None]:
-    raise AssertionError("a dense model has no mixers")

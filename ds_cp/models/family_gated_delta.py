@@ -18,6 +18,7 @@ from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from ds_cp.batch import SequenceContext
 from ds_cp.delta import Layer, mix
+from ds_cp.models.attention_only import TINY
 
 MODEL_TYPES = frozenset({"qwen3_5_text", "qwen3_5_moe_text", "qwen3_next", "olmo_hybrid"})
 HANDLES = frozenset({"recurrent", "experts"})
@@ -124,24 +125,17 @@ SOURCES: Mapping[str, tuple[str, ...]] = {
 kernels in different ways and compute the same; a test tells when there is another."""
 
 _TINY: dict[str, Any] = {
-    "vocab_size": 96,
-    "hidden_size": 64,
+    **TINY,
     "intermediate_size": 96,
     "num_hidden_layers": 4,
     "layer_types": ["linear_attention", "full_attention", "linear_attention", "linear_attention"],
-    "num_attention_heads": 8,
     "num_key_value_heads": 4,
     "head_dim": 16,
     "linear_num_key_heads": 4,
     "linear_num_value_heads": 8,
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 16,
-    "max_position_embeddings": 512,
     "initializer_range": 0.1,
-    "attention_dropout": 0.0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
 }
 _EXPERTS: dict[str, Any] = {
     "num_experts": 6,

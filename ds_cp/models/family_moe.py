@@ -5,30 +5,24 @@ A layer's experts are parameters of one module (transformers 5), gathered and re
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-from torch import nn
 from transformers import CONFIG_MAPPING, PretrainedConfig
+
+from ds_cp.models.attention_only import TINY, attach, mixers, settle
+
+__all__ = ["HANDLES", "MODEL_TYPES", "attach", "mixers", "refuse", "settle", "tiny"]
 
 MODEL_TYPES = frozenset({"mixtral", "qwen3_moe", "olmoe", "deepseek_v3", "glm4_moe"})
 
 HANDLES = frozenset({"experts"})
 
 _TINY: dict[str, Any] = {
-    "vocab_size": 96,
-    "hidden_size": 64,
+    **TINY,
     "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 8,
     "num_key_value_heads": 4,
     "num_experts_per_tok": 2,
-    "max_position_embeddings": 512,
     "initializer_range": 0.1,
-    "attention_dropout": 0.0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
 }
 
 _GROUPED: dict[str, Any] = {
@@ -65,15 +59,3 @@ def refuse(config: PretrainedConfig) -> str | None:
     if noise:
         return f"config.router_jitter_noise is {noise}: set it to 0, shards would draw other noise than one process"
     return None
-
-
-def settle(model: nn.Module) -> None:
-    pass
-
-
-def mixers(model: nn.Module) -> dict[str, nn.Module]:
-    return {}
-
-
-def attach(module: nn.Module) -> Callable[[], None]:
-    raise AssertionError("a model of attention layers has no mixers")

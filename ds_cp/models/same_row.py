@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ds_cp import comm
+from ds_cp.late import Late
 from ds_cp.mesh import Mesh
 
 
@@ -21,7 +22,7 @@ class SameRow:
     def __init__(self, mesh: Mesh) -> None:
         self._mesh = mesh
         self._first = True
-        self._waiting: tuple[Tensor, Tensor, torch.cuda.Event] | None = None
+        self._waiting: tuple[Tensor, Late] | None = None
 
     def check(self, given: dict[str, Any], device: torch.device) -> None:
         """Raises on every rank of a group whose ranks hold different rows; every rank of it must call it.
@@ -32,18 +33,14 @@ class SameRow:
         if self._mesh.seq.size == 1:
             return
         if self._waiting is not None:
-            everyone, same, event = self._waiting
-            event.synchronize()  # of the pass before: it is long done
-            self._refuse(everyone, bool(same), " in the step before this one")
+            everyone, same = self._waiting
+            self._refuse(everyone, same.read(), " in the step before this one")
         everyone = self._everyone(given, device)
-        same = (everyone == everyone[0]).all()
+        same = Late((everyone == everyone[0]).all())
         if self._first or device.type != "cuda":
-            self._refuse(everyone, bool(same), "")
+            self._refuse(everyone, same.read(), "")
         else:
-            host = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(same, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-            self._waiting = everyone, host, event
+            self._waiting = everyone, same
         self._first = False
 
     def _everyone(self, given: dict[str, Any], device: torch.device) -> Tensor:

@@ -81,5 +81,8 @@ def losses(head: torch.nn.Linear, vocabulary: int) -> dict[str, Callable[[Tensor
     fused = SimpleNamespace(lm_head=head, model=None, config=SimpleNamespace(vocab_size=vocabulary))
     fused.model = lambda inputs: SimpleNamespace(last_hidden_state=inputs)
     alst_tricks.tile_loss(fused, lambda function: function)
-    theirs = lambda x, y: fused.forward(shift_labels=y, inputs=x) / y.numel()  # noqa: E731
+
+    def theirs(x: Tensor, y: Tensor) -> Tensor:
+        return fused.forward(shift_labels=y, inputs=x) / y.numel()
+
     return {"whole logits": whole, "ds_cp, loss_chunk auto": ours, "DeepSpeed TiledFusedLogitsLoss": theirs}

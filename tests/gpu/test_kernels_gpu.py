@@ -79,8 +79,8 @@ def in_plain_bf16(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, tile: Tile, sco
 
 
 def error(found: Tensor, wanted: Tensor) -> float:
-    assert found.shape == wanted.shape
     """A share of the wanted norm; where that is nearly zero (one key, whose score has no gradient), of the size of one an entry."""
+    assert found.shape == wanted.shape
     size = max(float(wanted.norm()), 1e-3 * wanted.numel() ** 0.5)
     return float((found.float() - wanted).norm()) / size
 

@@ -32,6 +32,7 @@ IMPORTS = _table(
         "layout": "balance",
         "comm": "",
         "lanes": "",
+        "late": "",
         "factor": "",
         "preflight": "",
         "watch": "",
@@ -91,7 +92,7 @@ BEYOND = _table(
         "loader": "models",  # the mesh and the reduction of an engine's model
         "loss": "batch tiled_head",  # SequenceContext and IGNORE; what a token's loss is made of
         # same-row check; shapes of recurrent layers; tiles; Score; the balance loss
-        "models": "watch comm mesh kernels.delta kernels.attention tiled_head token_values tiled_module offload router_loss",
+        "models": "watch late comm mesh kernels.delta kernels.attention tiled_head token_values tiled_module offload router_loss",
         "engine": "token_values watch launch",  # the public function; who is there; the process group
         # reads the block, counts targets and verifies the factor as engine does; stopping and saving
         "trainer": "batch comm config factor mesh deal reliable",
