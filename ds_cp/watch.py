@@ -13,6 +13,7 @@ puts k + 1 there before it takes part in step k + 1, and no rank can finish that
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import socket
@@ -31,6 +32,8 @@ BEAT_S = 2.0
 SILENT_S = 300.0
 GRACE_S = 30.0
 ANSWER_S = 3 * BEAT_S
+STORE_S = 10.0
+"""For one answer of the store."""
 CONNECT = timedelta(seconds=60)
 OUTSIDE = ("start", "after the step", "save", "evaluation")
 """Phases in which a rank need not be waiting for others."""
@@ -48,7 +51,8 @@ class Watch:
         self._phase, self._since, self._begun = "start", time.monotonic(), 0
         self._neighbour, self._answered, self._told = ("", time.monotonic()), 0, False
         self._ended = threading.Event()
-        threading.Thread(target=_loop, args=(weakref.ref(self), self._ended), daemon=True, name="ds_cp watch").start()
+        self._thread = threading.Thread(target=_loop, args=(weakref.ref(self), self._ended), daemon=True, name="ds_cp watch")
+        self._thread.start()
 
     def follow(self, owner: object, attribute: str) -> None:
         """Takes the number of finished steps from `owner`, which it does not keep alive."""
@@ -75,7 +79,9 @@ class Watch:
     def end(self) -> None:
         """This rank goes on without being watched; its neighbour no longer waits for its beats."""
         self._ended.set()
-        _quietly(self._store.set, f"beat/{self.rank}", "end")
+        self._thread.join(STORE_S)
+        if not self._thread.is_alive():  # else its store does not answer
+            _quietly(self._store.set, f"beat/{self.rank}", "end")
 
     def failed(self, reason: str) -> str:
         """Tells all ranks and returns the line; what others know about who is there comes after it, if it can be had."""
@@ -156,9 +162,11 @@ def begin(silent_s: float = SILENT_S, grace_s: float = GRACE_S) -> Watch:
     if store is None:
         store = dist.TCPStore(server, everyone[0][1], is_master=False, timeout=CONNECT, wait_for_workers=False)
     dist.barrier()  # rank 0 may be done, and its store gone, before others have reached it
-    store.set_timeout(timedelta(seconds=5 * BEAT_S))
+    store.set_timeout(timedelta(seconds=STORE_S))
     watch = Watch(store, rank, [host for host, _ in everyone], silent_s, grace_s)
-    _say_at_the_end(weakref.ref(watch))
+    here = weakref.ref(watch)
+    _say_at_the_end(here)
+    atexit.register(_end, here)
     return watch
 
 
@@ -193,6 +201,13 @@ def _say_at_the_end(watch: weakref.ref[Watch]) -> None:
             print(f"ds_cp: seen from {here.name(here.rank)}: {known}", file=sys.stderr, flush=True)
 
     sys.excepthook = hook
+
+
+def _end(watch: weakref.ref[Watch]) -> None:
+    """Before the interpreter ends: a thread that comes back from the store then aborts a run that had succeeded."""
+    here = watch()
+    if here is not None:
+        here.end()
 
 
 def _loop(watch: weakref.ref[Watch], ended: threading.Event) -> None:
