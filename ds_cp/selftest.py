@@ -5,6 +5,7 @@ The tests call these functions; so does any user who wants the same proof on the
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -75,37 +76,40 @@ def reference(model: PreTrainedModel, batches: Sequence[Batch], reduction: str) 
 
     `batches` are all micro-batches of the optimizer step, over replicas and accumulation. mean averages their losses,
     token_mean divides the sum over all targets by their number, sum does not divide; a balance loss is averaged, under sum
-    summed. Where the model has recurrent layers, each document of a packed row is a row of its own: on CPU HF's recurrent layers
-    do not see where documents end.
+    summed. Of a family's types that are `APART` each document of a packed row is a row of its own.
     """
     model.zero_grad()
-    recurrent = bool(family_of(model.config).mixers(model))
+    apart = model.config.model_type in family_of(model.config).APART
     counts = [float(count_targets(batch)) for batch in batches]
     total = 0.0
     for batch, count in zip(batches, counts, strict=True):
         if count == 0:
             continue
         scale = {"mean": 1 / len(batches), "token_mean": count / sum(counts), "sum": count}[reduction]
-        parts = _documents(batch) if recurrent else [batch]
-        for part in parts:
-            targets = float(count_targets(part))
-            if targets:
-                # With a cache transformers does not look for documents in position_ids, and they would attend each other.
-                out = model(**part, use_cache=False)
-                balance = _balance_loss(model, out)
-                assert len(parts) == 1 or balance is None, "a balance loss is one of whole rows"
-                mean = (out.loss if balance is None else out.loss - balance) * (scale * targets / count)
-                if balance is not None:
-                    mean = mean + balance * (1 if reduction == "sum" else 1 / len(batches))
-                mean.backward()
-                total += float(mean.detach())
+        # With a cache transformers does not look for documents in position_ids, and they would attend each other.
+        parts = [(model(**part, use_cache=False), float(count_targets(part))) for part in (_documents(batch) if apart else [batch])]
+        own = [_balance_loss(model, out) for out, _ in parts]
+        shares = zip(parts, own, strict=True)
+        row = sum((out.loss - balance) * (scale * targets / count) for (out, targets), balance in shares if targets)
+        row = row + _balance_of_row(model, [out for out, _ in parts]) * (1 if reduction == "sum" else 1 / len(batches))
+        row.backward()
+        total += float(row.detach())
     return total, {name: _gradient(p) for name, p in model.named_parameters()}
 
 
-def _balance_loss(model: PreTrainedModel, out: Any) -> Tensor | None:
+def _balance_loss(model: PreTrainedModel, out: Any) -> Tensor | float:
     """What transformers has added to its loss."""
     found = getattr(out, "aux_loss", None)
-    return None if found is None else model.router_aux_loss_coef * found
+    return 0.0 if found is None else model.router_aux_loss_coef * found
+
+
+def _balance_of_row(model: PreTrainedModel, outs: Sequence[Any]) -> Tensor | float:
+    """The same of a row whose documents ran one by one: transformers' function over all their router logits."""
+    if len(outs) == 1 or getattr(outs[0], "aux_loss", None) is None:
+        return _balance_loss(model, outs[0])
+    layers = tuple(torch.cat(layer) for layer in zip(*(out.router_logits for out in outs), strict=True))
+    function = importlib.import_module(type(model).__module__).load_balancing_loss_func
+    return model.router_aux_loss_coef * function(layers, model.num_experts, model.num_experts_per_tok)
 
 
 def _documents(batch: Batch) -> list[Batch]:

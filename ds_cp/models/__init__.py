@@ -27,6 +27,10 @@ class Family(Protocol):
     def settle(model: nn.Module) -> None:
         """Weights of a fresh tiny model under which the tests would miss nothing; no change where any will do."""
 
+    APART: frozenset[str]
+    """Of these types HF's own run in one process does not see where the documents of a packed row end (on CPU, in eager or SDPA
+    attention): what it gives for a packed row is no reference, what it gives for each document is."""
+
     HANDLES: frozenset[str]
     """What its models may have although not every model may: "recurrent" layers, mixtures of "experts"."""
 

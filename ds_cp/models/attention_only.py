@@ -20,6 +20,9 @@ TINY: Mapping[str, Any] = {
 }
 
 
+APART: frozenset[str] = frozenset()
+
+
 def settle(model: nn.Module) -> None:
     pass
 

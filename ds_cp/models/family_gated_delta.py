@@ -21,6 +21,7 @@ from ds_cp.delta import Layer, mix
 from ds_cp.models.attention_only import TINY
 
 MODEL_TYPES = frozenset({"qwen3_5_text", "qwen3_5_moe_text", "qwen3_next", "olmo_hybrid"})
+APART = MODEL_TYPES
 HANDLES = frozenset({"recurrent", "experts"})
 
 Projected = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]

@@ -1,19 +1,22 @@
 """Decoder-only text models with mixtures of experts: tokens stay on their rank, experts are whole on each.
 
-A layer's experts are parameters of one module (transformers 5), gathered and reduced as one by ZeRO-3 whoever is routed to.
+gpt-oss also has learned sinks and windows in every other layer, which attention takes as keywords (`ds_cp.ring`). A layer's experts are parameters of one module (transformers 5), gathered and reduced as one by ZeRO-3 whoever is routed to.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import nn
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
-from ds_cp.models.attention_only import TINY, attach, mixers, settle
+from ds_cp.models.attention_only import TINY, attach, mixers
 
-__all__ = ["HANDLES", "MODEL_TYPES", "attach", "mixers", "refuse", "settle", "tiny"]
+__all__ = ["APART", "HANDLES", "MODEL_TYPES", "attach", "mixers", "refuse", "settle", "tiny"]
 
-MODEL_TYPES = frozenset({"mixtral", "qwen3_moe", "olmoe", "deepseek_v3", "glm4_moe"})
+MODEL_TYPES = frozenset({"mixtral", "qwen3_moe", "olmoe", "deepseek_v3", "glm4_moe", "gpt_oss"})
+APART = frozenset({"gpt_oss"})
 
 HANDLES = frozenset({"experts"})
 
@@ -47,7 +50,23 @@ _TINY_OF: dict[str, dict[str, Any]] = {
         "v_head_dim": 12,
     },
     "glm4_moe": {**_GROUPED, "head_dim": 16, "use_qk_norm": True},
+    "gpt_oss": {
+        "num_local_experts": 6,
+        "head_dim": 16,
+        "sliding_window": 11,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
 }
+
+
+def settle(model: nn.Module) -> None:
+    """Biases of experts start at zero, where one that is left out would not show; sinks are put among the scores."""
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if name.endswith("proj_bias"):
+            nn.init.normal_(parameter, std=0.1, generator=generator)
+        elif name.endswith(".sinks"):
+            nn.init.normal_(parameter, generator=generator)
 
 
 def tiny(model_type: str) -> PretrainedConfig:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ds_cp.models.routers import routers
 from ds_cp.tiled_module import tiled
 
 NAME = "mlp"
@@ -19,7 +20,7 @@ NAME = "mlp"
 def mlps(model: PreTrainedModel) -> list[nn.Module]:
     """The dense MLPs of the model's layers."""
     named = _decoder(model).named_modules()
-    return [m for name, m in named if name.rpartition(".")[2] == NAME and type(m).__name__.endswith("MLP")]
+    return [m for name, m in named if name.rpartition(".")[2] == NAME and type(m).__name__.endswith("MLP") and not routers(m)]
 
 
 def norms(model: PreTrainedModel) -> list[nn.Module]:

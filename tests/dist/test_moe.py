@@ -12,6 +12,8 @@ from tests.dist.test_parity import assert_parity, block, masked, packed, padded
 
 MESHES = {(2, 1): 2, (1, 2): 2, (2, 2): 4, (1, 4): 4}
 BALANCED = {"output_router_logits": True, "router_aux_loss_coef": 0.3}
+SPLIT = {"stage3_param_persistence_threshold": 0}
+"""ZeRO-3 otherwise keeps parameters as small as these whole on every rank."""
 DOCUMENTS = [13, 1, 1, 22, 5, 1, 20, 2]
 
 
@@ -28,6 +30,19 @@ def test_gradients_with_the_balance_loss(pool, model_type: str, mesh: tuple[int,
 def test_gradients_of_models_without_a_balance_loss(pool, model_type: str, mesh: tuple[int, int]) -> None:
     batches = [packed(DOCUMENTS)] if mesh == (2, 2) else None
     assert_parity(pool(MESHES[mesh]).run(jobs.parity, model_type=model_type, block=block(*mesh), stage=3, batches=batches))
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=lambda m: f"u{m[0]}r{m[1]}")
+def test_gpt_oss_with_sinks_windows_and_balance_loss_of_whole_and_packed_rows(pool, mesh: tuple[int, int]) -> None:
+    """Packed rows against transformers document by document: in one row its eager attention does not tell them apart."""
+    run = {"model_type": "gpt_oss", "changes": BALANCED, "batches": [jobs.rows(1, 70)[0], packed(DOCUMENTS)], "accumulation": 2}
+    assert_parity(pool(MESHES[mesh]).run(jobs.parity, block=block(*mesh), stage=3, zero=SPLIT, **run))
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_gpt_oss_at_every_zero_stage(pool, stage: int) -> None:
+    run = {"model_type": "gpt_oss", "changes": BALANCED, "batches": [packed(DOCUMENTS)]}
+    assert_parity(pool(4).run(jobs.parity, block=block(2, 2), stage=stage, **run))
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
@@ -75,7 +90,8 @@ def test_balance_loss_alone_and_what_it_sends(pool, mesh: tuple[int, int]) -> No
 @pytest.mark.parametrize("stage", [2, 3])
 def test_experts_that_a_rank_never_routes_to(pool, stage: int) -> None:
     """Of 48 experts the 13 tokens of a rank reach at most 13, others on each rank."""
-    run = {"block": block(1, 4), "changes": {**BALANCED, "num_local_experts": 48, "num_experts_per_tok": 1}}
+    zero = SPLIT if stage == 3 else None
+    run = {"block": block(1, 4), "changes": {**BALANCED, "num_local_experts": 48, "num_experts_per_tok": 1}, "zero": zero}
     assert_parity(pool(4).run(jobs.parity, model_type="mixtral", stage=stage, **run))
 
 

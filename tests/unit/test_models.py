@@ -50,11 +50,7 @@ REFUSED = {
         lambda: with_config(small("llama"), attn_logit_softcapping=30.0),
         "has a softcap of 30.0 that it does not pass",
     ),
-    "experts (gpt_oss)": (
-        lambda: small("gpt_oss", layer_types=["full_attention"] * 2, num_local_experts=2, num_experts_per_tok=1),
-        "num_local_experts is 2",
-    ),
-    "experts (phimoe)": (lambda: small("phimoe", num_local_experts=2), "mixtures of experts"),
+    "experts (phimoe)": (lambda: small("phimoe", num_local_experts=2), "num_local_experts is 2: mixtures of experts"),
     "router noise (mixtral)": (
         lambda: small("mixtral", num_local_experts=2, router_jitter_noise=0.1),
         "router_jitter_noise is 0.1",

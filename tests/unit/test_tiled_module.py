@@ -81,8 +81,9 @@ def test_a_norm_in_tiles_keeps_its_input_alone() -> None:
 
 
 def test_what_has_no_dense_mlps_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"tiled_mlp: 0 of the 2 layers .* set it to false"):
-        mlp.refuse(small("mixtral", num_local_experts=2))
+    for model in (small("mixtral", num_local_experts=2), selftest.tiny_model("gpt_oss")):
+        with pytest.raises(ValueError, match=r"tiled_mlp: 0 of the 2 layers .* set it to false"):
+            mlp.refuse(model)
     mlp.refuse(selftest.tiny_model("gpt_neox"))
 
 
