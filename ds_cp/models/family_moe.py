@@ -1,6 +1,7 @@
 """Decoder-only text models with mixtures of experts: tokens stay on their rank, experts are whole on each.
 
-gpt-oss also has learned sinks and windows in every other layer, which attention takes as keywords (`ds_cp.ring`). A layer's experts are parameters of one module (transformers 5), gathered and reduced as one by ZeRO-3 whoever is routed to.
+gpt-oss also has learned sinks and windows in every other layer, which attention takes as keywords (`ds_cp.ring`). A layer's
+experts are parameters of one module (transformers 5), gathered and reduced as one by ZeRO-3 whoever is routed to.
 """
 
 from __future__ import annotations
