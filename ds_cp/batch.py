@@ -255,14 +255,17 @@ def _documents(batch: Mapping[str, Any], rows: Rows) -> tuple[int, ...]:
 def _resets(positions: Tensor | None, rows: Rows) -> tuple[int, ...]:
     """Boundaries of rows, and where positions do not go on: neither by one nor by as many columns as were dropped between."""
     batch_size, length = rows.shape
-    if rows.kept is None and (positions is None or length == 1):
-        return tuple(range(0, rows.tokens + 1, length))
-    flat = torch.arange(rows.tokens) if rows.kept is None else rows.kept
-    starts = flat.div(length, rounding_mode="floor").diff() != 0
+    if rows.kept is None:
+        starts = range(0, rows.tokens + 1, length)
+        if positions is None or length == 1:
+            return tuple(starts)
+        row, column = (positions.cpu().expand(batch_size, -1).diff(dim=1) != 1).nonzero().unbind(1)
+        return tuple(sorted({*starts, *(row * length + column + 1).tolist()}))
+    begun = rows.kept.div(length, rounding_mode="floor").diff() != 0
     if positions is not None:
-        step = positions.cpu().expand(batch_size, -1).flatten()[flat].diff()
-        starts |= (step != 1) & (step != flat.diff())
-    return (0, *(starts.nonzero().squeeze(1) + 1).tolist(), rows.tokens)
+        step = positions.cpu().expand(batch_size, -1).flatten()[rows.kept].diff()
+        begun |= (step != 1) & (step != rows.kept.diff())
+    return (0, *(begun.nonzero().squeeze(1) + 1).tolist(), rows.tokens)
 
 
 def _bounds(key: str, given: Any, rows: Rows) -> tuple[int, ...]:

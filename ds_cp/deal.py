@@ -10,7 +10,7 @@ its labels: no row comes twice, none is missing, and all replicas take the same 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
 from typing import Any, NamedTuple
@@ -68,14 +68,12 @@ class Making:
     """How rows become a batch, in the process that reads them."""
 
     collate: Callable[[list[Any]], dict[str, Any]]
-    plan: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
-    """Adds what can be computed ahead of the forward pass."""
 
     def __call__(self, rows: list[Any], filler: bool) -> dict[str, Any]:
         batch = self.collate(rows)
-        if filler:
-            batch = {k: torch.full_like(v, IGNORE) if k in TARGETS and v is not None else v for k, v in batch.items()}
-        return batch if self.plan is None else {**batch, **self.plan(batch)}
+        if not filler:
+            return batch
+        return {k: torch.full_like(v, IGNORE) if k in TARGETS and v is not None else v for k, v in batch.items()}
 
 
 class Keys(Sampler[Key]):
