@@ -99,6 +99,7 @@ def prepare(model: nn.Module, block: Config, ds_config: Mapping[str, Any]) -> tu
     Raises:
         ValueError: the model or the sizes are not supported.
     """
+    preflight.refuse_other_parallelism(ds_config)
     inner = attach.find(model)
     checks.refuse(inner)
     preflight.check_agreement("sequence_parallel.attention_kernel", choice.identity(kernel_of(block, inner)))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -75,6 +77,26 @@ def refuse_together(reason: str | None) -> None:
     found = next((text for text in everyone if text is not None), None)
     if found is not None:
         raise ValueError(f"{found} (rank {everyone.index(found)})")
+
+
+def refuse_other_parallelism(ds_config: Mapping[str, Any]) -> None:
+    """Sections of the ds_config that split a model's layers over ranks which here share a row.
+
+    Raises:
+        ValueError: one of them is on.
+    """
+    if ds_config.get("expert_parallel", {}).get("enabled") is True:
+        raise ValueError(
+            "expert_parallel.enabled: true is not in this version beside sequence_parallel: DeepSpeed's AutoEP puts layers of its "
+            "own in the place of the model's, whose routers and gradients ds_cp does not know; set it to false, and use ZeRO-3, "
+            "which splits all experts over all ranks and gathers a layer's for the time of its use"
+        )
+    degree = ds_config.get("tensor_parallel", {}).get("autotp_size", 0)
+    if degree not in (0, 1, "auto"):
+        raise ValueError(
+            f"tensor_parallel.autotp_size: {degree} is not in this version beside sequence_parallel; set it to 1, and share rows "
+            "over those ranks too (sequence_parallel.size)"
+        )
 
 
 def _extensions_root() -> Path:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from ds_cp.kernels.delta import Shapes
@@ -107,6 +108,7 @@ def _reasons(model: PreTrainedModel) -> Iterator[str]:
     """Each property's reason; the generic ones first, so that a model is refused for what it is and not for its name."""
     config = model.config.get_text_config()
     yield from _of_architecture(model, config)
+    yield from _of_split_parameters(model)
     yield from _of_layers(model, config)
     yield from _of_scores(model, config)
     family = family_of(model.config)
@@ -126,6 +128,19 @@ def _of_architecture(model: PreTrainedModel, config: PretrainedConfig) -> Iterat
         yield "its attention is not causal"
     if model.config.sub_configs and any(key != "text_config" for key in model.config.sub_configs):
         yield "models with other parts than text (vision, audio) are not in this version"
+
+
+def _of_split_parameters(model: PreTrainedModel) -> Iterator[str]:
+    """Experts or heads that other ranks hold, which would have to be given this rank's tokens."""
+    advice = "ZeRO-3 splits all experts over all ranks, and gathers a layer's for the time of its use"
+    for name, module in model.named_modules():
+        if getattr(module, "_is_expert_parallel", False):
+            yield f"{name} is split by transformers' expert parallelism (load the model without ep_size: {advice})"
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor):
+            yield f"{name} is split over ranks by another kind of parallelism (load the model whole, ZeRO-3 splits it)"
+        if getattr(parameter, "allreduce", True) is False:
+            yield f"{name} is of an expert-parallel layer of DeepSpeed (take the model's own experts: {advice})"
 
 
 def _of_layers(model: PreTrainedModel, config: PretrainedConfig) -> Iterator[str]:

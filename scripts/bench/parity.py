@@ -35,6 +35,8 @@ from tests.dist.test_parity import MESHES, block, masked, packed, padded  # noqa
 MODELS = ("llama", "qwen3", "qwen2", "gpt_neox")
 HYBRIDS = ("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next", "olmo_hybrid")
 WINDOWED = ("mistral", "phi3", "gemma2", "gemma3_text", "cohere2", "olmo3")
+EXPERTS = ("mixtral", "qwen3_moe", "olmoe", "gpt_oss", "qwen3_5_moe_text", "deepseek_v3", "glm4_moe")
+UNBALANCED = ("deepseek_v3", "glm4_moe")
 BAR = 1e-5
 Case = tuple[str, int, dict[str, Any]]
 
@@ -104,6 +106,22 @@ def windowed_cases() -> Iterator[Case]:
         yield f"mistral, window {window}, ulysses 1 x ring 4", 4, {"model_type": "mistral", **case}
 
 
+def expert_cases() -> Iterator[Case]:
+    """Mixtures of experts, with the balance loss where transformers has one."""
+    balanced = {"output_router_logits": True, "router_aux_loss_coef": 0.3}
+    split = {"stage3_param_persistence_threshold": 0}  # ZeRO-3 else keeps parameters as small as these whole
+    rows = {"whole": jobs.rows(1, 50)[0], "packed": packed([13, 1, 1, 22, 5, 1, 20, 2])}
+    meshes = [mesh for mesh in MESHES if mesh != (4, 1)]
+    for model in EXPERTS:
+        changes = {} if model in UNBALANCED else balanced
+        for mesh in meshes:
+            for name, batch in rows.items():
+                for stage in (0, 1, 2, 3) if name == "whole" else (3,):
+                    case = {"model_type": model, "block": block(*mesh), "stage": stage, "batches": [batch], "changes": changes}
+                    case["zero"] = split if stage == 3 else None
+                    yield f"{model}, {name}, ulysses {mesh[0]} x ring {mesh[1]}, ZeRO {stage}", MESHES[mesh], case
+
+
 class Fp64(TorchFunctionMode):
     """fp64 wherever code asks for fp32."""
 
@@ -129,18 +147,18 @@ def own_error(model_type: str, batches: list[Any] | None = None, changes: dict[s
     return selftest.compare(*selftest.reference(models[1], rows, "mean"), *exact).worst[1]
 
 
-def measure(quick: bool, hybrids: bool, windowed: bool = False) -> list[dict[str, Any]]:
-    """Runs every case; the worst rank counts."""
+def measure(chosen: Iterator[Case], own: bool) -> list[dict[str, Any]]:
+    """Runs every case; the worst rank counts. With `own` also the reference's own error."""
     pools: dict[int, Pool] = {}
     rows = []
     try:
-        for name, world, arguments in hybrid_cases() if hybrids else windowed_cases() if windowed else cases(quick):
+        for name, world, arguments in chosen:
             pool = pools.setdefault(world, None) or Pool(world)
             pools[world] = pool
             results = pool.run(jobs.parity, **{"model_type": "llama", **arguments})
             loss, parameter, gradient = max(r[1] for r in results), *max(((r[2], r[3]) for r in results), key=lambda x: x[1])
             row = {"case": name, "ranks": world, "loss": loss, "gradient": gradient, "parameter": parameter, "bar": BAR}
-            rows.append(row | ({"own_error": own_error(**arguments)} if hybrids else {}))
+            rows.append(row | ({"own_error": own_error(**arguments)} if own else {}))
     finally:
         for pool in pools.values():
             pool.close()
@@ -169,11 +187,14 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one model at ZeRO 3 and the special rows")
     parser.add_argument("--hybrids", action="store_true", help="models with Gated DeltaNet layers instead")
     parser.add_argument("--windows", action="store_true", help="models with sliding windows and softcap instead")
+    parser.add_argument("--experts", action="store_true", help="mixtures of experts, with their balance loss, instead")
     parser.add_argument("--json", type=Path, help="write the figures and the machine there")
     parser.add_argument("--markdown", action="store_true", help="print a markdown table too")
     arguments = parser.parse_args()
     hybrids = arguments.hybrids
-    rows = measure(arguments.quick, hybrids, arguments.windows)
+    others = {"hybrids": hybrid_cases, "windows": windowed_cases, "experts": expert_cases}
+    chosen = next((make() for name, make in others.items() if getattr(arguments, name)), cases(arguments.quick))
+    rows = measure(chosen, own=hybrids)
     table = Table(title="parity with one process")
     for column in ("case", "ranks", "loss error", "worst gradient error", "of", "one process against fp64"):
         table.add_column(column)

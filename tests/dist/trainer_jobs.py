@@ -41,9 +41,10 @@ def train(
     resume: str | None = None,
     metrics: bool = False,
     trainer: dict[str, Any] | None = None,
+    model: tuple[str, dict[str, Any]] = ("qwen3", {}),
     **arguments: Any,
 ) -> dict[str, Any]:
-    """Trains a tiny qwen3; `stage` None is plain HF without DeepSpeed. Returns logs, weights (rank 0) and what was seen."""
+    """Trains a tiny model (type, changes to its config); `stage` None is plain HF without DeepSpeed. Returns logs, weights (rank 0) and what was seen."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
@@ -70,7 +71,7 @@ def train(
     kind = ds_cp.Trainer if block is not None else HfTrainer
     more = {**(trainer or {}), **({"compute_metrics": whole_row_metrics} if metrics else {})}
     built = kind(
-        model=selftest.tiny_model("qwen3"),
+        model=selftest.tiny_model(model[0], **model[1]),
         args=TrainingArguments(**settings),
         train_dataset=data or Rows(16),
         eval_dataset=evaluation or Rows(5),

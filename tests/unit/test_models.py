@@ -40,6 +40,17 @@ def with_config(model: PreTrainedModel, **changes: Any) -> PreTrainedModel:
     return model
 
 
+def expert_parallel(by_deepspeed: bool = False) -> PreTrainedModel:
+    """A model marked as transformers, or DeepSpeed, marks one whose experts are spread over ranks."""
+    model = small("mixtral", num_local_experts=2)
+    experts = model.model.layers[1].mlp.experts
+    if by_deepspeed:
+        experts.down_proj.allreduce = False
+    else:
+        experts._is_expert_parallel = True
+    return model
+
+
 REFUSED = {
     "a window of nothing (mistral)": (lambda: small("mistral", sliding_window=0), "sliding window of 0: it must be"),
     "chunked layers (llama)": (
@@ -51,6 +62,8 @@ REFUSED = {
         "has a softcap of 30.0 that it does not pass",
     ),
     "experts (phimoe)": (lambda: small("phimoe", num_local_experts=2), "num_local_experts is 2: mixtures of experts"),
+    "experts on other ranks, transformers (mixtral)": (lambda: expert_parallel(), "experts is split by transformers' expert par"),
+    "experts on other ranks, DeepSpeed (mixtral)": (lambda: expert_parallel(by_deepspeed=True), "of an expert-parallel layer of"),
     "router noise (mixtral)": (
         lambda: small("mixtral", num_local_experts=2, router_jitter_noise=0.1),
         "router_jitter_noise is 0.1",

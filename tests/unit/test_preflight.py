@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,6 +24,22 @@ def lock(root: Path, age_s: float) -> Path:
     for each in (path, folder):
         os.utime(each, (then, then))
     return path
+
+
+@pytest.mark.parametrize(
+    ("section", "reason"),
+    [
+        ({"expert_parallel": {"enabled": True, "autoep_size": 2}}, "expert_parallel.enabled: true is not in this version"),
+        ({"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel.autotp_size: 2 is not in this version"),
+    ],
+)
+def test_other_ways_to_split_layers_are_refused(section: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        preflight.refuse_other_parallelism(section)
+
+
+def test_other_ways_to_split_layers_may_be_off() -> None:
+    preflight.refuse_other_parallelism({"expert_parallel": {"enabled": False}, "tensor_parallel": {"autotp_size": 1}})
 
 
 def test_no_lock_is_no_wait(tmp_path: Path) -> None:
