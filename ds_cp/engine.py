@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from ds_cp import agreement, comm, factor, launch, layout, mesh, preflight, topology, watch
 from ds_cp import batch as batches
-from ds_cp import comm, factor, launch, layout, mesh, preflight, topology, watch
 from ds_cp import config as configs
 from ds_cp.batch import Methods
 from ds_cp.config import Config
@@ -60,8 +60,7 @@ def initialize(
     source = getattr(args, "deepspeed_config", None) if source is None else source
     if source is None:
         raise ValueError("config: pass config=<path or dict>, as to deepspeed.initialize")
-    ds_config = configs.load(source)
-    block = configs.parse(ds_config)
+    ds_config, block = launch.read(source)
     given = {
         "args": args,
         "model": model,
@@ -76,7 +75,7 @@ def initialize(
         return deepspeed.initialize(**given, **data, mpu=mpu, config=ds_config, mesh_param=mesh_param)
     if mpu is not None or mesh_param is not None:
         raise ValueError("mpu, mesh_param: ds_cp brings its own process groups beside DeepSpeed's; leave them out")
-    launch.init_distributed(block.comm_timeout_s)
+    launch.init_distributed(block.comm_timeout_s)  # of one rank, which read the config alone
     mesh_, methods = prepare(model, block, ds_config)
     factor.verify(ds_config, backward_divides=True)
     ours = {k: v for k, v in ds_config.items() if k != configs.BLOCK}
@@ -97,33 +96,45 @@ def prepare(model: nn.Module, block: Config, ds_config: Mapping[str, Any]) -> tu
         The mesh, and how layers are computed on it.
 
     Raises:
-        ValueError: the model or the sizes are not supported.
+        ValueError: on every rank: the model or the sizes are not supported, or ranks differ.
     """
     preflight.refuse_other_parallelism(ds_config)
     inner = attach.find(model)
-    checks.refuse(inner)
-    preflight.check_agreement("sequence_parallel.attention_kernel", choice.identity(kernel_of(block, inner)))
+    agreement.agree(agreement.of_model(inner), agreement.MODEL)
+    local_world = mesh.local_world_size()
+    degrees, methods, dtype = preflight.together(lambda: _resolve(inner, block, ds_config, local_world))
+    delta = methods.delta and (methods.delta.__name__, methods.linear)
+    found = {"sizes": degrees, "activations": dtype, "attention_kernel": choice.identity(methods.attention), "delta_kernel": delta}
+    found |= {"ring_impl": (methods.ring_impl, methods.gathered_tokens), "attention_head_chunks": methods.head_chunks}
+    agreement.agree(found, "Give all hosts the same packages and GPUs, or name a kernel that all have")
+    preflight.refuse_together(_wrong_kernel(methods, inner, degrees, dtype))
+    mesh_ = mesh.build(degrees, block.comm_timeout_s)
+    if dist.get_rank() == 0:
+        print_table(block, mesh_, methods, inner)
+    return mesh_, methods
+
+
+def _resolve(
+    model: PreTrainedModel, block: Config, ds_config: Mapping[str, Any], local_world: int
+) -> tuple[topology.Topology, Methods, torch.dtype]:
+    """Every "auto" resolved, or refused; nothing is sent."""
+    checks.refuse(model)
     if block.tiled_mlp is True:
-        mlp.refuse(inner)
-    for module in _gathered_as_one(inner, block):
+        mlp.refuse(model)
+    for module in _gathered_as_one(model, block):
         set_z3_leaf_module(module, True)
     degrees = topology.resolve(
         block.size,
         block.ulysses_size,
         block.ring_size,
         world=dist.get_world_size(),
-        local_world=mesh.local_world_size(),
-        heads=checks.heads(inner),
-        linear_heads=linear_heads(inner),
+        local_world=local_world,
+        heads=checks.heads(model),
+        linear_heads=linear_heads(model),
         linear=block.linear_attention,
     )
-    dtype = compute_dtype(ds_config, inner)
-    methods = methods_of(block, inner, degrees, dtype)
-    preflight.refuse_together(_wrong_kernel(methods, inner, degrees, dtype))
-    mesh_ = mesh.build(degrees, block.comm_timeout_s)
-    if dist.get_rank() == 0:
-        print_table(block, mesh_, methods, inner)
-    return mesh_, methods
+    dtype = compute_dtype(ds_config, model)
+    return degrees, methods_of(block, model, degrees, dtype), dtype
 
 
 def _gathered_as_one(model: PreTrainedModel, block: Config) -> list[nn.Module]:
@@ -143,8 +154,7 @@ def attach_model(
 ) -> attach.Handle:
     """Hooks the HF model inside `model`.
 
-    Args:
-        divisor: what backward divides a loss by. methods: what `prepare` returned. steps: accumulation steps, if not `divisor`.
+    Args: divisor: what backward divides a loss by. methods: what `prepare` returned. steps: accumulation steps, if not `divisor`.
     """
     inner = attach.find(model)
     handle = attach.Handle(
@@ -174,9 +184,6 @@ def compute_dtype(ds_config: Mapping[str, Any], model: nn.Module) -> torch.dtype
 
 def methods_of(block: Config, model: nn.Module, degrees: topology.Topology, dtype: torch.dtype) -> Methods:
     """How layers are computed, every "auto" resolved.
-
-    Args:
-        dtype: of the activations.
 
     Raises:
         ValueError: a kernel cannot serve here, or the DeltaNet layers have too few heads for the ranks.

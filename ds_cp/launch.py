@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from datetime import timedelta
+from typing import Any
 
 import deepspeed
 from deepspeed.comm import comm as deepspeed_comm
 
-from ds_cp import preflight
+from ds_cp import agreement, config, preflight
+from ds_cp.config import Config
 
 MPI_RANKS = ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK")
 
@@ -32,6 +35,29 @@ def init_distributed(timeout_s: float | None = None) -> None:
     timeout = {} if timeout_s is None else {"timeout": timedelta(seconds=timeout_s)}
     deepspeed.init_distributed(**timeout)
     preflight.check_world_size()
+
+
+def read(source: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[dict[str, Any], Config]:
+    """The ds_config and its block. The ranks of a job meet first: what one cannot read, or reads otherwise, ends all of them.
+
+    Raises:
+        ValueError: on every rank: the config is wrong, or ranks have different ones, or different packages.
+    """
+    if preflight.launched() == 1:
+        ds_config = config.load(source)
+        return ds_config, config.parse(ds_config)
+    ds_config, block, reason = {}, None, None
+    try:
+        ds_config = config.load(source)
+        block = config.parse(ds_config)
+    except ValueError as error:
+        reason = str(error)
+    init_distributed(None if block is None or block.size == 1 else block.comm_timeout_s)
+    preflight.refuse_together(reason)
+    assert block is not None
+    agreement.agree(agreement.of_config(ds_config), agreement.CONFIG)
+    agreement.agree(agreement.packages(), agreement.INSTALL)
+    return ds_config, block
 
 
 def _discover_mpi() -> None:

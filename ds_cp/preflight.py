@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
+
+T = TypeVar("T")
 
 STALE_AFTER_S = 120.0
 """A build writes files more often than this; a folder that has been quiet for longer has no builder on any host."""
@@ -37,32 +39,21 @@ def check_extension_locks(root: Path | None = None) -> None:
         time.sleep(1.0)
 
 
+def launched() -> int:
+    """Ranks that the launcher started, by its environment variables."""
+    return int(os.environ.get("WORLD_SIZE", os.environ.get("OMPI_COMM_WORLD_SIZE", 1)))
+
+
 def check_world_size() -> None:
     """Refuses when the launcher started another number of ranks than torch.distributed sees.
 
     Raises:
         ValueError: WORLD_SIZE and the process group disagree.
     """
-    launched = int(os.environ.get("WORLD_SIZE", os.environ.get("OMPI_COMM_WORLD_SIZE", 1)))
-    if dist.get_world_size() != launched:
+    if dist.get_world_size() != launched():
         raise ValueError(
-            f"world size: the launcher started {launched} ranks, torch.distributed sees {dist.get_world_size()}; call "
+            f"world size: the launcher started {launched()} ranks, torch.distributed sees {dist.get_world_size()}; call "
             "deepspeed.init_distributed() (or nothing) before ds_cp.initialize, not a process group of your own"
-        )
-
-
-def check_agreement(what: str, value: str) -> None:
-    """Refuses when ranks would do different things; every rank of the job must call it.
-
-    Raises:
-        ValueError: on every rank, with what the ranks have.
-    """
-    everyone: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(everyone, value)
-    if len(set(everyone)) > 1:
-        found = "; ".join(f"{v} on ranks {[rank for rank, x in enumerate(everyone) if x == v]}" for v in sorted(set(everyone)))
-        raise ValueError(
-            f"{what}: the ranks differ: {found}. Give all hosts the same packages and GPUs, or name a kernel that all have"
         )
 
 
@@ -70,13 +61,27 @@ def refuse_together(reason: str | None) -> None:
     """Raises on every rank what any rank has found; every rank of the job must call it.
 
     Raises:
-        ValueError: one of the ranks has a reason.
+        ValueError: one of the ranks has a reason; which one, where not all have the same.
     """
     everyone: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, reason)
     found = next((text for text in everyone if text is not None), None)
     if found is not None:
-        raise ValueError(f"{found} (rank {everyone.index(found)})")
+        raise ValueError(found if len(set(everyone)) == 1 else f"{found} (rank {everyone.index(found)})")
+
+
+def together(work: Callable[[], T]) -> T:
+    """What `work` returns; where it refuses on one rank, all ranks refuse. It must not communicate.
+
+    Raises:
+        ValueError: of `work`, on every rank.
+    """
+    try:
+        done, reason = work(), None
+    except ValueError as error:
+        done, reason = None, str(error)
+    refuse_together(reason)
+    return done
 
 
 def refuse_other_parallelism(ds_config: Mapping[str, Any]) -> None:

@@ -6,22 +6,31 @@ the targets of a whole optimizer step, and leaves everything else (accumulation,
 
 from __future__ import annotations
 
-import os
 import time
 import weakref
 from collections.abc import Iterator, Mapping, Sized
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer as HfTrainer
+from transformers import TrainingArguments
 
-from ds_cp import comm, config, engine, factor
+from ds_cp import agreement, comm, config, engine, factor, preflight
 from ds_cp.batch import DOCUMENT_KEYS, count_targets
 from ds_cp.deal import Passes
 from ds_cp.mesh import Mesh
 from ds_cp.reliable import Reliable
+
+ALIKE = (
+    *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "max_steps", "num_train_epochs"),
+    *("seed", "data_seed", "dataloader_drop_last", "eval_strategy", "eval_steps", "eval_delay", "save_strategy", "save_steps"),
+    *("logging_strategy", "logging_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm"),
+    *("optim", "label_smoothing_factor", "average_tokens_across_devices", "gradient_checkpointing", "bf16", "fp16"),
+)
+"""Arguments that ranks with different ones would wait for each other over, or train otherwise."""
 
 
 class TrainerMixin(Reliable):
@@ -39,6 +48,7 @@ class TrainerMixin(Reliable):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         ds_config = _deepspeed_config(self)
+        _agree(self.args, ds_config)
         block = config.parse(ds_config)
         _settle_auto(ds_config, self.accelerator.num_processes)
         if block.size == 1:
@@ -207,8 +217,17 @@ def _settle_auto(ds_config: Mapping[str, Any], processes: int) -> None:
         del block[key]
 
 
+def _agree(args: TrainingArguments, ds_config: Mapping[str, Any]) -> None:
+    """Before anything on this rank alone can be refused: what the ranks were given."""
+    if not dist.is_initialized():
+        return  # _check_launch has the reason
+    given = {f"TrainingArguments.{name}": getattr(args, name) for name in ALIKE if hasattr(args, name)}
+    agreement.agree({**given, **agreement.of_config(ds_config)}, agreement.CONFIG)
+    agreement.agree(agreement.packages(), agreement.INSTALL)
+
+
 def _check_launch(processes: int) -> None:
-    launched = int(os.environ.get("WORLD_SIZE", os.environ.get("OMPI_COMM_WORLD_SIZE", 1)))
+    launched = preflight.launched()
     if processes != launched:
         raise ValueError(
             f"world size: the launcher started {launched} ranks, accelerate sees {processes}, so every rank would train on the "

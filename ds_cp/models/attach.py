@@ -30,7 +30,7 @@ from ds_cp.loss import LOCAL, CausalLMLoss
 from ds_cp.mesh import Mesh
 from ds_cp.models import family_of, lm_head, mlp, routers
 from ds_cp.models.checks import token_mixers
-from ds_cp.models.same_row import SameRow
+from ds_cp.models.same_row import SameRow, check_plan
 from ds_cp.offload import Offload
 from ds_cp.watch import Preemption, Watch
 
@@ -157,6 +157,8 @@ class Handle:
         asked = {key: given.pop(key, None) for key in lm_head.CALL_KEYS}
         rest = self._routers.begin(given.pop(routers.KEY, None))
         local, context = batches.prepare(given, self.mesh, self.methods, device, census)
+        if census is not None:
+            check_plan(context, device)
         self._head.begin(asked, local, context)
         if self._offload is not None and torch.is_grad_enabled():
             self._begin_offload(local["position_ids"].shape[-1])

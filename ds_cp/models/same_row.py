@@ -6,12 +6,14 @@ first pass waits, and every later one is refused in the pass after it: a wrong r
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ds_cp import comm
+from ds_cp.batch import SequenceContext
 from ds_cp.late import Late
 from ds_cp.mesh import Mesh
 
@@ -60,6 +62,32 @@ class SameRow:
             f"batch: the ranks of one sequence group got different rows{when} ({', '.join(table)}); give every rank of a group the "
             "same row: shard the data by ds_cp.data_parallel_rank(), not by the global rank"
         )
+
+
+def check_plan(context: SequenceContext, device: torch.device) -> None:
+    """Raises on every rank of a group whose ranks plan the same row differently; every rank of it must call it.
+
+    Each computes the plan by itself, and a hop that one rank expects and another does not send never ends.
+
+    Raises:
+        ValueError: with what differs, on which ranks.
+    """
+    ring = context.plans[None]
+    parts = {
+        "documents": context.documents,
+        "chunks to ranks": context.layout,
+        "tokens held": context.held.layout,
+        "hops": (ring.reach, ring.gathered, sorted(context.plans, key=str)),
+    }
+    mine = [int(hashlib.sha256(repr(part).encode()).hexdigest()[:15], 16) for part in parts.values()]
+    everyone = comm.all_gather(torch.tensor(mine, device=device), context.mesh.seq.group).tolist()
+    for name, column in zip(parts, zip(*everyone, strict=True), strict=True):
+        if len(set(column)) > 1:
+            table = [f"rank {rank} {found & 0xFFFFFFFF:08x}" for rank, found in zip(context.mesh.seq.ranks, column, strict=True)]
+            raise ValueError(
+                f"plan: the ranks of one sequence group have planned the same row differently: {name} ({', '.join(table)}); "
+                "start every rank from the same ds_cp and the same Python"
+            )
 
 
 def fingerprint(key: str, x: Tensor) -> Tensor:

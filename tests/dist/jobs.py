@@ -528,9 +528,3 @@ def _attention_inputs(
     tokens = length // (ulysses * ring)
     shapes = [(1, tokens, heads, 16) for heads in (8, kv_heads, kv_heads)]
     return axes, context, [torch.randn(shape).transpose(1, 2).requires_grad_() for shape in shapes]
-
-
-def disagree() -> None:
-    """Two ranks with the same kernel, then with two."""
-    preflight.check_agreement("sequence_parallel.attention_kernel", "kernel")
-    preflight.check_agreement("sequence_parallel.attention_kernel", f"kernel {torch.distributed.get_rank()}")

@@ -139,12 +139,6 @@ def test_an_mpu_is_refused(pool) -> None:
     assert "mpu, mesh_param: ds_cp brings its own" in refused(pool(2), jobs.initialize_only, block=block(2, 1), mpu=object)
 
 
-def test_ranks_whose_kernels_differ_are_refused(pool) -> None:
-    message = refused(pool(2), jobs.disagree)
-    assert "attention_kernel" in message
-    assert "kernel 0 on ranks [0]; kernel 1 on ranks [1]" in message
-
-
 def refused(workers: Any, function: Any, **kwargs: Any) -> str:
     """The message, after checking that every rank raised the same ValueError."""
     with pytest.raises(WorkerError) as caught:

@@ -36,6 +36,7 @@ IMPORTS = _table(
         "factor": "",
         "preflight": "",
         "watch": "",
+        "agreement": "",
         "launch": "preflight",
         "reliable": "models watch",
         "tiles": "layout balance",
@@ -93,9 +94,11 @@ BEYOND = _table(
         "loss": "batch tiled_head",  # SequenceContext and IGNORE; what a token's loss is made of
         # same-row check; shapes of recurrent layers; tiles; Score; the balance loss
         "models": "watch late comm mesh kernels.delta kernels.attention tiled_head token_values tiled_module offload router_loss",
-        "engine": "token_values watch launch",  # the public function; who is there; the process group
+        # the public function; who is there; the process group; what ranks must have alike
+        "engine": "token_values watch launch agreement",
+        "launch": "config agreement",  # a config that one rank cannot read, or reads otherwise, ends all of them
         # reads the block, counts targets and verifies the factor as engine does; stopping and saving
-        "trainer": "batch comm config factor mesh deal reliable",
+        "trainer": "batch comm config factor mesh deal reliable agreement preflight",
         "cli": "topology layout models",  # what `check` resolves: sizes, padding, a model's heads; there is no planner yet
     }
 )

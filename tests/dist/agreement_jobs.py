@@ -1,0 +1,55 @@
+"""Ranks that differ on purpose; each job must be refused on every rank, and ends."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch.distributed as dist
+
+from ds_cp import agreement, balance, engine
+from tests.dist import trainer_jobs
+from tests.dist.jobs import rows, started
+
+
+def disagree() -> None:
+    """Ranks with the same kernel, then with two."""
+    agreement.agree({"attention_kernel": "kernel"}, "")
+    agreement.agree({"attention_kernel": f"kernel {dist.get_rank()}"}, "Name one")
+
+
+def initialize(own: Mapping[int, Mapping[str, Any]], block: dict[str, Any]) -> None:
+    """`own[rank]` are the keywords of `started` in which that rank differs."""
+    started(**{"block": block, **own.get(dist.get_rank(), {})})
+
+
+def missing_file(block: dict[str, Any]) -> None:
+    config = "not/there.json" if dist.get_rank() == 1 else {"sequence_parallel": block}
+    engine.initialize(config=config)
+
+
+def another_version(block: dict[str, Any]) -> None:
+    """As if another transformers were installed on the last rank's host."""
+    installed = agreement._version
+    if dist.get_rank() == dist.get_world_size() - 1:
+        agreement._version = lambda name: "0.0.1" if name == "transformers" else installed(name)
+    try:
+        started(block)
+    finally:
+        agreement._version = installed
+
+
+def another_plan(block: dict[str, Any]) -> None:
+    """As if rank 1 had a ds_cp in which chunks were dealt out otherwise."""
+    model, _ = started(block)
+    dealt = balance.longest_first
+    if dist.get_rank() == 1:
+        balance.longest_first = lambda cost, ring: dealt(cost, ring)[::-1]
+    try:
+        model(**rows(1, 40)[0])
+    finally:
+        balance.longest_first = dealt
+
+
+def train(folder: str, block: dict[str, Any], own: Mapping[int, Mapping[str, Any]]) -> None:
+    trainer_jobs.train(folder, **{"block": block, **own.get(dist.get_rank(), {})})
