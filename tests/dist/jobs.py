@@ -311,35 +311,10 @@ def evaluation_error(block: dict[str, Any]) -> float:
     return abs(got - wanted) / wanted
 
 
-def train_and_save(block: dict[str, Any], folder: str) -> float:
-    """Two steps, save, one more step; the loss after it."""
-    engine, _ = started(block, stage=3)
-    data = rows(4, 40)
-    _steps(engine, data[:2])
-    engine.save_checkpoint(folder, tag="two")
-    _steps(engine, data[2:3])
-    return _loss_and_destroy(engine, data[3])
-
-
-def resume(block: dict[str, Any], folder: str) -> float:
-    engine, _ = started(block, stage=3)
-    engine.load_checkpoint(folder, tag="two")
-    data = rows(4, 40)
-    _steps(engine, data[2:3])
-    return _loss_and_destroy(engine, data[3])
-
-
 def _steps(engine: Any, data: list[dict[str, Any]]) -> None:
     for batch in data:
         engine.backward(engine(**batch).loss)
         engine.step()
-
-
-def _loss_and_destroy(engine: Any, batch: dict[str, Any]) -> float:
-    with torch.no_grad():
-        loss = float(engine(**batch).loss)
-    selftest.finish(engine)
-    return loss
 
 
 def measured_factor(stage: int, backward_divides: bool) -> float:
