@@ -76,8 +76,8 @@ def prepare(
 
     Args:
         batch: keyword arguments of a HF causal LM: `input_ids` or `inputs_embeds`, optionally `labels` or `shift_labels`,
-            2-D `attention_mask`, `position_ids` [B, S], `cu_seq_lens_q` or `seq_lens`, `loss_weights` [B, S]. The same on
-            every rank of the seq group.
+            2-D `attention_mask`, `position_ids` [B, S] (of MRoPE [3 or 4, B, S]), `cu_seq_lens_q` or `seq_lens`, `loss_weights`
+            [B, S]. The same on every rank of the seq group.
 
     Returns:
         Keyword arguments with local tensors on `device`, and the context.
@@ -102,7 +102,8 @@ def prepare(
     for key in ("input_ids", "inputs_embeds"):
         if batch.get(key) is not None:
             out[key] = cut(batch[key], 0)
-    out["position_ids"] = cut(_positions(batch, rows, documents, tokens), 0)
+    positions = _positions(batch, rows, documents, tokens)
+    out["position_ids"] = cut(positions, 0) if positions.ndim == 2 else cut(positions.movedim(0, -1), 0).movedim(-1, 0)
     if targets is not None:
         out["labels"] = cut(targets, IGNORE)
     context = SequenceContext(
@@ -164,6 +165,13 @@ def shard(x_BS: Tensor, rows: Rows, plan: Layout, mesh: Mesh, fill: float) -> Te
     return torch.cat(parts).unsqueeze(0)
 
 
+def by_rank(x_BS: Tensor, context: SequenceContext) -> list[Tensor]:
+    """What each rank of the row holds of whole rows, [tokens, ...] without the padding at the stream's end; on x's device."""
+    flat, kept = x_BS.flatten(0, 1), context.rows.kept
+    stream = flat if kept is None else flat[kept.to(flat.device)]
+    return [torch.cat([stream[start:end] for start, end in spans]) for spans in layouts.shards(context.held.layout)]
+
+
 def unshard(gathered: Tensor, context: SequenceContext) -> Tensor:
     """Whole rows in the user's order from the seq group's shards: [size, 1, T, ...] to [B, S, ...]; zeros at padding."""
     flat = gathered.flatten(0, 2)
@@ -219,6 +227,8 @@ def _check_shapes(batch: Mapping[str, Any], tokens: Tensor) -> None:
                     f"it; drop it from the batch (known: {', '.join(TOKEN_KEYS + DOCUMENT_KEYS)})"
                 )
             continue
+        if key == "position_ids" and value.ndim == 3 and value.shape[0] in (3, 4) and value.shape[1:] == (rows, length):
+            continue
         fits = value.shape[:2] == (rows, length) or (key == "position_ids" and value.shape == (1, length))
         if not fits or (value.ndim != 2 and key != "inputs_embeds"):
             raise ValueError(f"batch: {key} has shape {tuple(value.shape)}, expected ({rows}, {length}) like the tokens")
@@ -239,10 +249,15 @@ def _stream(batch: Mapping[str, Any], tokens: Tensor) -> tuple[Rows, tuple[int, 
     return stream, _documents(batch, stream)
 
 
+def documents_of(batch: Mapping[str, Any]) -> tuple[int, ...]:
+    """cu_seqlens of the kept tokens of a batch of whole rows."""
+    return _stream(batch, _tokens(batch))[1]
+
+
 def _documents(batch: Mapping[str, Any], rows: Rows) -> tuple[int, ...]:
     """Boundaries from the keys that give them, which must agree; without such a key from positions that reset."""
     given = {key: _bounds(key, batch[key], rows) for key in BOUND_KEYS if batch.get(key) is not None}
-    resets = _resets(batch.get("position_ids"), rows)
+    resets = _resets(_text_positions(batch.get("position_ids")), rows)
     if not given:
         return resets
     key, bounds = next(iter(given.items()))
@@ -250,6 +265,15 @@ def _documents(batch: Mapping[str, Any], rows: Rows) -> tuple[int, ...]:
         if also != bounds:
             raise ValueError(f"batch: {key} and {other} describe different documents ({_short(bounds)}, {_short(also)})")
     return bounds
+
+
+def _text_positions(positions: Tensor | None) -> Tensor | None:
+    """The positions [B, S] that tell documents apart, as in transformers: of MRoPE's the first of four rows; time, height and
+    width, the other three, repeat inside an image.
+    """
+    if positions is None or positions.ndim == 2:
+        return positions
+    return positions[0] if len(positions) == 4 else None
 
 
 def _resets(positions: Tensor | None, rows: Rows) -> tuple[int, ...]:
@@ -298,11 +322,11 @@ def _with_padding(documents: tuple[int, ...], length: int) -> tuple[int, ...]:
 
 
 def _positions(batch: Mapping[str, Any], rows: Rows, documents: tuple[int, ...], tokens: Tensor) -> Tensor:
-    """position_ids [B, S]: the user's; without them columns as HF counts them, or from each document's start if given."""
+    """position_ids [B, S] (MRoPE: [3 or 4, B, S]): the user's; else columns as HF counts them, or from each document's start."""
     batch_size, length = rows.shape
     given = batch.get("position_ids")
     if given is not None:
-        return given.expand(batch_size, -1)
+        return given if given.ndim == 3 else given.expand(batch_size, -1)
     columns = torch.arange(length, device=tokens.device).expand(batch_size, -1)
     if all(batch.get(key) is None for key in BOUND_KEYS):
         return columns

@@ -69,6 +69,26 @@ def exchange(x: Tensor, sent: list[int], received: list[int], group: dist.Proces
     return out
 
 
+def exchange_rows(x: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup | None) -> Tensor:
+    """`exchange` with a gradient.
+
+    Shards: as there. Forward: `y_j` is what came from rank 0, 1, ...  Backward: `dx_i` is what comes back of it, the same exchange
+    with `received` sent. A rank without parts must call it too, and have its result in its loss's graph.
+    """
+    return x if group is None else _ExchangeRows.apply(x, sent, received, group)
+
+
+class _ExchangeRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
+        ctx.rest = received, sent, group
+        return exchange(x.contiguous(), sent, received, group)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return exchange(grad.contiguous(), *ctx.rest), None, None, None
+
+
 def all_gather(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """Stacks the ranks' tensors on a new dim 0.
 

@@ -14,11 +14,18 @@ from typing import Any
 import deepspeed
 import torch
 from torch import Tensor, nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+)
 
 from ds_cp import engine as engines
 from ds_cp.batch import count_targets
 from ds_cp.models import family_of, family_of_type
+from ds_cp.models.routers import coefficient
 
 LR = 2.0**20
 """SGD's step in the parity runs: so large that the new weight is the gradient, and the old one no longer rounds it."""
@@ -47,13 +54,15 @@ def tiny_model(model_type: str, seed: int = 0, attention: str = "sdpa", **change
     """A seeded model of a few thousand parameters, fp32."""
     config = family_of_type(model_type).tiny(model_type)
     for name, value in changes.items():
-        assert hasattr(config, name), name
-        setattr(config, name, value)
+        assert hasattr(config.get_text_config(), name), name
+        setattr(config.get_text_config(), name, value)
     torch.manual_seed(seed)
-    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    seeing = "vision_config" in config.sub_configs
+    auto = AutoModelForImageTextToText if seeing else AutoModelForCausalLM
+    kind = (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING if seeing else MODEL_FOR_CAUSAL_LM_MAPPING)[type(config)]
     if getattr(config, "attn_logit_softcapping", None) or not kind._supports_sdpa:  # nor sinks
         attention = "eager"
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
+    model = auto.from_config(config, attn_implementation=attention, dtype=torch.float32)
     family_of_type(model_type).settle(model)
     return model
 
@@ -100,7 +109,7 @@ def reference(model: PreTrainedModel, batches: Sequence[Batch], reduction: str) 
 def _balance_loss(model: PreTrainedModel, out: Any) -> Tensor | float:
     """What transformers has added to its loss."""
     found = getattr(out, "aux_loss", None)
-    return 0.0 if found is None else model.router_aux_loss_coef * found
+    return 0.0 if found is None else coefficient(model) * found
 
 
 def _balance_of_row(model: PreTrainedModel, outs: Sequence[Any]) -> Tensor | float:
@@ -109,7 +118,8 @@ def _balance_of_row(model: PreTrainedModel, outs: Sequence[Any]) -> Tensor | flo
         return _balance_loss(model, outs[0])
     layers = tuple(torch.cat(layer) for layer in zip(*(out.router_logits for out in outs), strict=True))
     function = importlib.import_module(type(model).__module__).load_balancing_loss_func
-    return model.router_aux_loss_coef * function(layers, model.num_experts, model.num_experts_per_tok)
+    config = model.config.get_text_config()
+    return coefficient(model) * function(layers, config.num_experts, config.num_experts_per_tok)
 
 
 def _documents(batch: Batch) -> list[Batch]:

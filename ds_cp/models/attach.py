@@ -28,7 +28,7 @@ from ds_cp.kernels.attention import Score
 from ds_cp.late import Late
 from ds_cp.loss import LOCAL, CausalLMLoss
 from ds_cp.mesh import Mesh
-from ds_cp.models import family_of, lm_head, mlp, routers
+from ds_cp.models import family_of, lm_head, mlp, routers, vision
 from ds_cp.models.checks import token_mixers
 from ds_cp.models.same_row import SameRow, check_plan
 from ds_cp.offload import Offload
@@ -77,9 +77,9 @@ class Handle:
     def apply(self) -> None:
         assert self._undo is None, "already attached"
         AttentionInterface.register(IMPLEMENTATION, attention_forward)
-        before = self.model.config._attn_implementation, self.model.__dict__.get("_loss_function")
-        self.model.set_attn_implementation(IMPLEMENTATION)
-        if self.model.config._attn_implementation != IMPLEMENTATION:
+        before = self.model.config.get_text_config()._attn_implementation, self.model.__dict__.get("_loss_function")
+        self._set_attention(IMPLEMENTATION)
+        if self.model.config.get_text_config()._attn_implementation != IMPLEMENTATION:
             raise ValueError(f"model: {type(self.model).__name__} does not let its attention implementation be set")
         self.model.loss_function = self._loss_function
         self._head = lm_head.Door(self.model, self.loss_chunk)
@@ -89,6 +89,7 @@ class Handle:
         self._same_row = SameRow(self.mesh)
         self._routers = routers.Door(self.model)
         self._routers.apply()
+        self._vision = vision.Door(self.model, self.mesh)
         self._offload = Offload() if self.activation_offload else None
         family = family_of(self.model.config)
         undo = [family.attach(module) for module in family.mixers(self.model).values()] if family else []
@@ -111,13 +112,18 @@ class Handle:
         self._head.remove()
         self._mlps.remove()
         self._routers.remove()
-        self.model.set_attn_implementation(implementation)
+        self._set_attention(implementation)
         if loss is None:
             del self.model._loss_function
         else:
             self.model.loss_function = loss
         delattr(self.model, HANDLE)
         self._undo = None
+
+    def _set_attention(self, implementation: str) -> None:
+        """Of the language model; a vision tower, which sees whole images, keeps its own."""
+        composite = vision.has_vision(self.model.config)
+        self.model.set_attn_implementation({"text_config": implementation} if composite else implementation)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -156,9 +162,11 @@ class Handle:
         census = None if self._checked else Census()
         asked = {key: given.pop(key, None) for key in lm_head.CALL_KEYS}
         rest = self._routers.begin(given.pop(routers.KEY, None))
+        encoded, ids = self._vision.begin(given, device), given.get("input_ids")
         local, context = batches.prepare(given, self.mesh, self.methods, device, census)
         if census is not None:
             check_plan(context, device)
+        rest |= self._vision.end(encoded, ids, context)
         self._head.begin(asked, local, context)
         if self._offload is not None and torch.is_grad_enabled():
             self._begin_offload(local["position_ids"].shape[-1])

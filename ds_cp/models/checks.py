@@ -11,19 +11,36 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from ds_cp.kernels.delta import Shapes
-from ds_cp.models import family_of, model_types
+from ds_cp.models import family_of, model_types, vision
 
 RECURRENT = ("deltanet", "deltaattention", "mamba", "recurrent", "rwkv", "shortconv", "linearattention", "lightningattention")
 LAYER_TYPES = ("full_attention", "sliding_attention")
+BIDIRECTIONAL_IMAGES = ("gemma3", "gemma4", "paligemma")
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
 def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules whose forward looks its kernel up in HF's attention interface, by name."""
-    return {name: module for name, module in model.named_modules() if _uses_interface(type(module))}
+    """Modules of the language model whose forward looks its kernel up in HF's attention interface, by name."""
+    tower = vision_modules(model)
+    return {name: m for name, m in model.named_modules() if _uses_interface(type(m)) and id(m) not in tower}
+
+
+def vision_modules(model: nn.Module) -> set[int]:
+    """Ids of the modules of a vision-language model that see images, whole, and not the row."""
+    if not vision.has_vision(model.config):
+        return set()
+    text = {id(m) for m in model.get_decoder().modules()}
+    return {id(m) for m in model.base_model.modules() if id(m) not in text and m is not model.base_model}
 
 
 def token_mixers(model: nn.Module) -> dict[str, nn.Module]:
@@ -82,7 +99,9 @@ def heads_of_pretrained(name: str) -> tuple[list[tuple[int, int]], list[tuple[in
     """
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name))
+            config = AutoConfig.from_pretrained(name)
+            seeing = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+            model = (AutoModelForImageTextToText if seeing else AutoModelForCausalLM).from_config(config)
     except OSError as error:
         raise ValueError(f"model: {name!r} cannot be read: {str(error).splitlines()[0]}") from error
     refuse(model)
@@ -126,8 +145,12 @@ def _of_architecture(model: PreTrainedModel, config: PretrainedConfig) -> Iterat
         yield "it has no causal language modelling head (use an AutoModelForCausalLM)"
     if not getattr(config, "is_causal", True) or getattr(config, "use_bidirectional_attention", False):
         yield "its attention is not causal"
-    if model.config.sub_configs and any(key != "text_config" for key in model.config.sub_configs):
-        yield "models with other parts than text (vision, audio) are not in this version"
+    family = family_of(model.config)
+    parts = {key for key in model.config.sub_configs if key != "text_config"}
+    if model.config.model_type in BIDIRECTIONAL_IMAGES:
+        yield "the tokens of an image attend each other in both directions, which is not in this version (its text model alone is)"
+    elif parts - ({"vision_config"} if family and "vision" in family.HANDLES else set()):
+        yield "models with other parts than text (vision, audio) are in this version only where their type is listed"
 
 
 def _of_split_parameters(model: PreTrainedModel) -> Iterator[str]:

@@ -1,171 +1,31 @@
-"""Hybrids of attention and Gated DeltaNet layers: Qwen3.5, Qwen3-Next, OLMo-Hybrid.
-
-A DeltaNet layer is one HF module without a door for its token mixing, so the `forward` of each instance is replaced: HF's own
-projections, `ds_cp.delta` between them, HF's own gated norm and output projection. The convolution's weight is taken by a call of
-its module, whose hooks (ZeRO-3) put the parameter together for the call and its backward. `SOURCES` says which forwards these are.
-"""
+"""Hybrids of attention and Gated DeltaNet layers: Qwen3.5, Qwen3-Next, OLMo-Hybrid."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
-from ds_cp.batch import SequenceContext
-from ds_cp.delta import Layer, mix
-from ds_cp.models.attention_only import TINY
+from ds_cp.models.gated_delta import TINY_EXPERTS, TINY_HYBRID, attach, mixers, settle
+
+__all__ = ["APART", "HANDLES", "MODEL_TYPES", "attach", "mixers", "refuse", "settle", "tiny"]
 
 MODEL_TYPES = frozenset({"qwen3_5_text", "qwen3_5_moe_text", "qwen3_next", "olmo_hybrid"})
 APART = MODEL_TYPES
 HANDLES = frozenset({"recurrent", "experts"})
 
-Projected = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-"""q [1, T, K, H], k [1, T, K, H], v [1, T, V, G], the norm's gate [1, T, V * G], b [1, T, V], a [1, T, V]."""
-
-
-def mixers(model: nn.Module) -> dict[str, nn.Module]:
-    return {name: module for name, module in model.named_modules() if type(module).__name__ in _PROJECTIONS}
-
-
-def attach(module: nn.Module) -> Callable[[], None]:
-    module.forward = partial(_forward, module)
-    module.conv1d.forward = partial(_parameters, module.conv1d)
-
-    def undo() -> None:
-        del module.forward, module.conv1d.forward
-
-    return undo
-
-
-def refuse(config: PretrainedConfig) -> str | None:
-    return None
-
-
-def _forward(
-    module: nn.Module,
-    hidden_states: Tensor,
-    cache_params: Any = None,
-    attention_mask: Tensor | None = None,
-    cp: SequenceContext | None = None,
-    **_: Any,
-) -> Tensor:
-    """[1, T, hidden] to the same, of this rank's tokens."""
-    name = type(module).__name__
-    if cp is None:
-        raise ValueError(f"model: {name} was called without ds_cp's context; it cannot be trained under sequence parallelism")
-    if cache_params is not None or attention_mask is not None:
-        raise ValueError(f"model: {name} was given a cache or a mask, which shards do not have")
-    if cp.census is not None:
-        cp.census.calls[id(module)] += 1
-    q, k, v, gate, b, a = _PROJECTIONS[name](module, hidden_states)
-    weight, bias = module.conv1d(hidden_states)
-    layer = Layer(
-        conv_CW=weight,
-        conv_bias_C=bias,
-        activation=module.activation,
-        a_log_V=module.A_log,
-        dt_bias_V=module.dt_bias,
-        beta_scale=2.0 if getattr(module, "allow_neg_eigval", False) else 1.0,
-    )
-    out = mix(*(x.squeeze(0) for x in (q, k, v, b, a)), layer, cp)
-    project = module.o_proj if hasattr(module, "o_proj") else module.out_proj
-    out = _norm(module)(out.reshape(-1, out.shape[-1]), gate.reshape(-1, out.shape[-1]))
-    return project(out.reshape(*hidden_states.shape[:2], -1))
-
-
-def _norm(module: nn.Module) -> nn.Module:
-    return module.o_norm if hasattr(module, "o_norm") else module.norm
-
-
-def _parameters(conv: nn.Conv1d, _: Tensor) -> tuple[Tensor, Tensor | None]:
-    """(weight [C, W], bias [C]) as copies, because ZeRO-3 takes the parameter apart after the call."""
-    return conv.weight.squeeze(1).clone(), None if conv.bias is None else conv.bias.clone()
-
-
-def _qwen3_5(module: nn.Module, x: Tensor) -> Projected:
-    sizes = (module.key_dim, module.key_dim, module.value_dim)
-    q, k, v = module.in_proj_qkv(x).split(sizes, dim=-1)
-    q, k, v = _by_head(module, q, k, v)
-    return q, k, v, module.in_proj_z(x), module.in_proj_b(x), module.in_proj_a(x)
-
-
-def _qwen3_next(module: nn.Module, x: Tensor) -> Projected:
-    q, k, v, z, b, a = module.fix_query_key_value_ordering(module.in_proj_qkvz(x), module.in_proj_ba(x))
-    return q, k, v, z, b, a
-
-
-def _olmo_hybrid(module: nn.Module, x: Tensor) -> Projected:
-    q, k, v = _by_head(module, module.q_proj(x), module.k_proj(x), module.v_proj(x))
-    return q, k, v, module.g_proj(x), module.b_proj(x), module.a_proj(x)
-
-
-def _by_head(module: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    key, value = (-1, module.head_k_dim), (-1, module.head_v_dim)
-    return q.unflatten(-1, key), k.unflatten(-1, key), v.unflatten(-1, value)
-
-
-_PROJECTIONS: Mapping[str, Callable[[nn.Module, Tensor], Projected]] = {
-    "Qwen3_5GatedDeltaNet": _qwen3_5,
-    "Qwen3_5MoeGatedDeltaNet": _qwen3_5,
-    "Qwen3NextGatedDeltaNet": _qwen3_next,
-    "OlmoHybridGatedDeltaNet": _olmo_hybrid,
-}
-
-SOURCES: Mapping[str, tuple[str, ...]] = {
-    "Qwen3_5GatedDeltaNet": ("8f31ae7d35daf534", "bd25761e1031fff0"),
-    "Qwen3_5MoeGatedDeltaNet": ("8f31ae7d35daf534", "bd25761e1031fff0"),
-    "Qwen3NextGatedDeltaNet": ("177c5d3df989a7b4", "fc80496fd00b7992"),
-    "OlmoHybridGatedDeltaNet": ("167004f14399b33e", "2cf524e0f1f4b609"),
-}
-"""Beginning of the SHA-256 of the source of each forward that this file restates, of transformers 5.23 and 5.17, which reach the
-kernels in different ways and compute the same; a test tells when there is another."""
-
-_TINY: dict[str, Any] = {
-    **TINY,
-    "intermediate_size": 96,
-    "num_hidden_layers": 4,
-    "layer_types": ["linear_attention", "full_attention", "linear_attention", "linear_attention"],
-    "num_key_value_heads": 4,
-    "head_dim": 16,
-    "linear_num_key_heads": 4,
-    "linear_num_value_heads": 8,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 16,
-    "initializer_range": 0.1,
-}
-_EXPERTS: dict[str, Any] = {
-    "num_experts": 6,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 32,
-    "shared_expert_intermediate_size": 32,
-}
 _TINY_OF: dict[str, dict[str, Any]] = {
     "qwen3_5_text": {"partial_rotary_factor": 0.5},
-    "qwen3_5_moe_text": _EXPERTS,
-    "qwen3_next": _EXPERTS,
+    "qwen3_5_moe_text": dict(TINY_EXPERTS),
+    "qwen3_next": dict(TINY_EXPERTS),
     "olmo_hybrid": {"head_dim": None, "linear_num_key_heads": 8},
 }
 
 
-def settle(model: nn.Module) -> None:
-    """Slow decay, and a gated norm that divides by nothing small.
-
-    As initialised, a state is forgotten within a token or two, which would hide one that is not passed on, and outputs next to zero
-    are divided by their size. Slower decay than this costs precision in one process: the decay's gradient is then a small
-    difference of large sums.
-    """
-    generator = torch.Generator().manual_seed(3)
-    for module in mixers(model).values():
-        nn.init.uniform_(module.A_log, *map(math.log, (0.1, 0.5)), generator=generator)
-        nn.init.uniform_(module.dt_bias, -2.0, 0.0, generator=generator)
-        _norm(module).variance_epsilon = 0.1
-
-
 def tiny(model_type: str) -> PretrainedConfig:
-    settings = {**_TINY, **_TINY_OF[model_type]}
+    settings = {**TINY_HYBRID, **_TINY_OF[model_type]}
     return CONFIG_MAPPING[model_type](**{key: value for key, value in settings.items() if value is not None})
+
+
+def refuse(config: PretrainedConfig) -> str | None:
+    return None

@@ -25,6 +25,11 @@ def routers(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if type(module).__name__.lower().endswith("topkrouter")]
 
 
+def coefficient(model: nn.Module) -> float | None:
+    """Of the balance loss; vision-language models have it in the config of their language model alone."""
+    return getattr(model, "router_aux_loss_coef", getattr(model.config.get_text_config(), "router_aux_loss_coef", None))
+
+
 class Door:
     """The routers of one attached model."""
 
@@ -46,9 +51,8 @@ class Door:
 
     def begin(self, asked: bool | None) -> dict[str, Any]:
         """Keywords for this forward pass of the model; `asked` is what the call says about `output_router_logits`."""
-        config = self._model.config.get_text_config()
-        wanted = getattr(config, KEY, False) if asked is None else asked
-        if wanted and not (self._keyword and self._modules and hasattr(self._model, "router_aux_loss_coef")):
+        wanted = getattr(self._model.config.get_text_config(), KEY, False) if asked is None else asked
+        if wanted and not (self._keyword and self._modules and coefficient(self._model) is not None):
             raise ValueError(
                 f"model: {KEY} is set, but {type(self._model).__name__} has no balance loss in transformers; set it to False"
             )
@@ -59,7 +63,7 @@ class Door:
         """The balance loss with its coefficient, as `loss` reduces it; None where it is off."""
         if self._logits is None or context is None:
             return None
-        return loss.once(*self._row(context), self._model.router_aux_loss_coef, items, context)
+        return loss.once(*self._row(context), coefficient(self._model), items, context)
 
     def end(self, output: Any, context: SequenceContext) -> Any:
         """The model's output with the row's balance loss in it, whose gradient is as that of `unshard`: for the mean over ranks."""
@@ -80,7 +84,7 @@ class Door:
                     f"model: {len(self._logits)} of its {len(self._modules)} routers ran, so the balance loss would be wrong; set "
                     f"{KEY} to False"
                 )
-            self._parts = balance_loss(self._logits, self._model.num_experts_per_tok, context)
+            self._parts = balance_loss(self._logits, self._model.config.get_text_config().num_experts_per_tok, context)
         return self._parts
 
     def _note(self, module: nn.Module, args: tuple, output: tuple[Tensor, ...]) -> None:

@@ -46,11 +46,12 @@ def parity(
     terms: dict[str, float] | None = None,
     low_rank: bool = False,
     head_only: bool = False,
+    frozen: str | None = None,
 ) -> tuple[float, float, str, float]:
     """(loss, loss error, worst parameter, its gradient error) of one step against one process.
 
     `terms` are keywords of the call (label smoothing, z-loss); `low_rank` puts an adapter on the output head; `head_only` freezes
-    everything before it.
+    everything before it, `frozen` the parameters whose names begin so.
     """
     batches = batches or rows(replicas * accumulation, length)
     model, alone = (selftest.tiny_model(model_type, **(changes or {})) for _ in range(2))
@@ -58,6 +59,8 @@ def parity(
         each.lm_head = LowRank(each.lm_head)
     for each in (model, alone) if head_only else ():
         each.model.requires_grad_(False)
+    for name, parameter in (*model.named_parameters(), *alone.named_parameters()) if frozen else ():
+        parameter.requires_grad_(not name.startswith(frozen))
     if terms:
         alone.loss_function = partial(smoothed_loss, **terms)
         batches = [{**batch, **terms} for batch in batches]

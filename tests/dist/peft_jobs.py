@@ -11,18 +11,24 @@ from ds_cp import selftest
 from tests.dist import jobs
 
 
-def with_adapters(modules: list[str], changes: dict[str, Any] | None = None) -> nn.Module:
-    """A tiny llama under LoRA whose adapters all have gradients: peft starts one of each pair at zero."""
+def with_adapters(modules: list[str] | str, changes: dict[str, Any] | None = None, model_type: str = "llama") -> nn.Module:
+    """A tiny model under LoRA whose adapters all have gradients: peft starts one of each pair at zero."""
     config = LoraConfig(r=3, lora_alpha=6, target_modules=modules, init_lora_weights=False)
-    return get_peft_model(selftest.tiny_model("llama", **(changes or {})), config)
+    return get_peft_model(selftest.tiny_model(model_type, **(changes or {})), config)
 
 
 def lora(
-    block: dict[str, Any], stage: int, modules: list[str], checkpointing: bool | None = None, length: int = 50
+    block: dict[str, Any],
+    stage: int,
+    modules: list[str] | str,
+    checkpointing: bool | None = None,
+    length: int = 50,
+    model_type: str = "llama",
+    batches: list[dict[str, Any]] | None = None,
 ) -> tuple[float, float, str, float]:
     """(loss, loss error, worst parameter, its gradient error) against one process, of all parameters: a frozen one must not move."""
-    batches = jobs.rows(2, length)
-    alone, model = (with_adapters(modules) for _ in range(2))
+    batches = batches or jobs.rows(2, length)
+    alone, model = (with_adapters(modules, model_type=model_type) for _ in range(2))
     model.load_state_dict(alone.state_dict())
     wanted = selftest.reference(alone, batches, "mean")
     if checkpointing is not None:

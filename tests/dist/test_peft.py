@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.dist import peft_jobs
+from tests.dist import peft_jobs, pictures
 from tests.dist.test_parity import assert_parity, block
 
 INNER = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -15,6 +15,13 @@ INNER = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_p
 @pytest.mark.parametrize("mesh", [(2, 1), (1, 2)], ids=lambda m: f"u{m[0]}r{m[1]}")
 def test_adapters_with_a_tiled_loss(pool, mesh: tuple[int, int], modules: list[str], stage: int) -> None:
     assert_parity(pool(2).run(peft_jobs.lora, block=block(*mesh, loss_chunk=7), stage=stage, modules=modules))
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_adapters_on_the_language_model_of_a_vision_language_model(pool, stage: int) -> None:
+    batches = [pictures.row([5, (2, 2), 7, (3, 1), 9]), pictures.text(40)]
+    run = {"model_type": "qwen3_vl", "modules": r"model\.language_model\..*_proj", "batches": batches}
+    assert_parity(pool(2).run(peft_jobs.lora, block=block(1, 2), stage=stage, **run))
 
 
 @pytest.mark.parametrize("stage", [0, 3])

@@ -371,7 +371,8 @@ def test_targets_at_padding_are_refused_with_their_number(key: str) -> None:
         ("attention_mask", torch.ones(2, 9)),
         ("attention_mask", torch.ones(2, 1, 8, 8)),
         ("position_ids", torch.zeros(2, 4, dtype=torch.long)),
-        ("position_ids", torch.zeros(3, 2, 8, dtype=torch.long)),
+        ("position_ids", torch.zeros(2, 2, 8, dtype=torch.long)),
+        ("position_ids", torch.zeros(3, 2, 7, dtype=torch.long)),
         ("position_ids", torch.zeros(8, dtype=torch.long)),
     ],
 )

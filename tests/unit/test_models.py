@@ -8,7 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from ds_cp import engine, selftest, topology
 from ds_cp.batch import IGNORE, Methods
@@ -16,7 +23,7 @@ from ds_cp.kernels import attention as kernels
 from ds_cp.kernels import delta as deltas
 from ds_cp.loss import CausalLMLoss
 from ds_cp.mesh import AxisGroup, Mesh
-from ds_cp.models import attach, checks, families, family_dense, family_gated_delta, model_types
+from ds_cp.models import attach, checks, families, family_dense, family_gated_delta, gated_delta, model_types
 
 SMALL = {
     "vocab_size": 64,
@@ -49,6 +56,19 @@ def expert_parallel(by_deepspeed: bool = False) -> PreTrainedModel:
     else:
         experts._is_expert_parallel = True
     return model
+
+
+def gemma3() -> PretrainedConfig:
+    text = {**SMALL, "layer_types": ["full_attention"] * 2}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}
+    return CONFIG_MAPPING["gemma3"](text_config=text, vision_config=vision, mm_tokens_per_image=4)
+
+
+def llava() -> PretrainedConfig:
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}
+    return CONFIG_MAPPING["llava"](
+        text_config={"model_type": "llama", **SMALL}, vision_config={"model_type": "siglip_vision_model", **vision}
+    )
 
 
 REFUSED = {
@@ -94,6 +114,11 @@ REFUSED = {
         "encoder-decoder",
     ),
     "no language modelling head": (lambda: small("llama").model, "no causal language modelling head"),
+    "images in both directions (gemma3)": (
+        lambda: AutoModelForImageTextToText.from_config(gemma3()),
+        "the tokens of an image attend each other in both directions",
+    ),
+    "another tower (llava)": (lambda: AutoModelForImageTextToText.from_config(llava()), "only where their type is listed"),
     "bidirectional (llama)": (lambda: small("llama", is_causal=False), "its attention is not causal"),
     "not a transformers model": (lambda: torch.nn.Linear(2, 2), "not a transformers PreTrainedModel"),
 }
@@ -166,11 +191,11 @@ def test_an_attached_model_saves_a_config_without_our_implementation(tmp_path: A
 
 @pytest.mark.parametrize("model_type", sorted(family_gated_delta.MODEL_TYPES))
 def test_forwards_that_are_restated_are_those_that_were_read(model_type: str) -> None:
-    for module in family_gated_delta.mixers(selftest.tiny_model(model_type)).values():
+    for module in gated_delta.mixers(selftest.tiny_model(model_type)).values():
         source = inspect.getsource(inspect.unwrap(type(module).forward))
         found = hashlib.sha256(source.encode()).hexdigest()[:16]
         name = type(module).__name__
-        assert found in family_gated_delta.SOURCES[name], f"{name} has changed: re-read this forward, then note {found}"
+        assert found in gated_delta.SOURCES[name], f"{name} has changed: re-read this forward, then note {found}"
 
 
 @pytest.mark.parametrize("model_type", sorted(family_gated_delta.MODEL_TYPES))

@@ -1,0 +1,195 @@
+"""The door to a model's vision tower: whole images, shared out among the ranks of a row, and their features brought to the tokens.
+
+    images of the row         rank 0: images 0, 3    rank 1: image 1    rank 2: image 2    rank 3: a blank one
+      -- tower, merger, deepstack mergers -->  features of a rank's images                      [F, C]
+      -- one exchange over seq -->             features of the image tokens that a rank holds   [V, C]
+      -- keyword `mm_encoder_outputs` -->      the model puts them in the place of its local image tokens
+
+The language model is cut before its embedding, as a text model is: no rank holds the row's embeddings. A rank whose tokens are all
+text has V = 0 and still stands in the graph, so that every rank takes part in the exchange back. Where any replica of a step has
+images, all others encode a blank one whose features nobody takes: ZeRO gathers the tower's parameters, and reduces their gradients,
+on all ranks or on none.
+
+MRoPE positions are computed by the model's own function from the whole row, before the cut; of a packed row document by document.
+
+Shapes: F features of this rank's images, V local image tokens, C width of a feature and its deepstack features, B rows of S tokens,
+D documents of at most L tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PretrainedConfig, PreTrainedModel
+
+from ds_cp import batch as batches
+from ds_cp import comm
+from ds_cp.batch import BOUND_KEYS, SequenceContext
+from ds_cp.mesh import Mesh
+
+PIXELS: Mapping[str, str] = {"image": "pixel_values", "video": "pixel_values_videos"}
+KEYS = (*PIXELS.values(), "image_grid_thw", "video_grid_thw", "second_per_grid_ts", "mm_token_type_ids", "mm_encoder_outputs")
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What became of the row's images and videos on this rank; features of images come before those of videos."""
+
+    kinds: tuple[str, ...]
+    """What the row has; of a row without either, images, of which it has none."""
+    output: Any
+    """The tower's output, whose type the model is given back."""
+    features_FC: Tensor
+    owners: Tensor
+    """Of every feature of the row the rank that has it, and where it stands there."""
+    places: Tensor
+
+
+def has_vision(config: PretrainedConfig) -> bool:
+    return "vision_config" in config.sub_configs
+
+
+def deal(patches: Sequence[int], ranks: int) -> list[int]:
+    """The rank that encodes each image: the largest first, each to the rank with the least so far."""
+    load, owners = [0] * ranks, [0] * len(patches)
+    for image in sorted(range(len(patches)), key=lambda i: -patches[i]):
+        owners[image] = min(range(ranks), key=lambda rank: load[rank])
+        load[owners[image]] += patches[image]
+    return owners
+
+
+class Door:
+    """The tower of one attached model; of a model without one it does nothing."""
+
+    def __init__(self, model: PreTrainedModel, mesh: Mesh) -> None:
+        self._model, self._mesh, self._on = model, mesh, has_vision(model.config)
+
+    def begin(self, given: dict[str, Any], device: torch.device) -> Encoded | None:
+        """Takes what is meant for the tower out of a call's keywords, puts the positions in, and encodes this rank's share.
+
+        Raises:
+            ValueError: images that do not fit the tokens, or without what their positions are computed from.
+        """
+        if not self._on:
+            return None
+        taken = {key: value for key in KEYS if (value := given.pop(key, None)) is not None}
+        kinds = tuple(kind for kind, pixels in PIXELS.items() if pixels in taken)
+        self._refuse(given, taken, kinds)
+        if kinds and given.get("position_ids") is None:
+            given["position_ids"] = self._positions(given, taken)
+        return self._encode(kinds, taken, device) if self._any_replica(bool(kinds), device) else None
+
+    def end(self, encoded: Encoded | None, ids_BS: Tensor | None, context: SequenceContext) -> dict[str, Any]:
+        """Keywords for the model; every rank of the row must call it."""
+        if encoded is None:
+            return {}
+        wanted = self._wanted(encoded.kinds, ids_BS, context)
+        local_VC = self._exchange(encoded, [torch.cat(theirs) for theirs in wanted])
+        width, outputs = encoded.output.pooler_output[0].shape[-1], {}
+        of_kinds = local_VC.split([len(part) for part in wanted[self._mesh.seq.rank]])
+        for kind, features_VC in zip(encoded.kinds, of_kinds, strict=True):
+            first, *deeper = features_VC.split(width, dim=-1)
+            more = {"deepstack_features": [(part,) for part in deeper]} if deeper else {}
+            outputs[kind] = type(encoded.output)(pooler_output=(first,), **more)
+        return {"mm_encoder_outputs": outputs}
+
+    def _refuse(self, given: dict[str, Any], taken: dict[str, Any], kinds: tuple[str, ...]) -> None:
+        if "mm_encoder_outputs" in taken:
+            raise ValueError("batch: mm_encoder_outputs of a whole row cannot be sharded; pass the pixels, ds_cp shares them out")
+        if kinds and given.get("input_ids") is None:
+            raise ValueError("batch: give input_ids with images: they say which tokens are of an image")
+        for kind in kinds:
+            grid = taken.get(f"{kind}_grid_thw")
+            if grid is None:
+                raise ValueError(f"batch: {PIXELS[kind]} without {kind}_grid_thw; give what the processor returned")
+            tokens, features = int(self._is_of(kind, given["input_ids"]).sum()), sum(self._features_of(grid))
+            if tokens != features:
+                raise ValueError(f"batch: input_ids hold {tokens} {kind} tokens, {PIXELS[kind]} make {features}; truncate no image")
+        if kinds and given.get("position_ids") is None and "mm_token_type_ids" not in taken:
+            raise ValueError(
+                "batch: images without mm_token_type_ids, from which positions are computed; give what the processor returned, "
+                "or position_ids [4, B, S] of your own"
+            )
+
+    def _is_of(self, kind: str, ids_BS: Tensor) -> Tensor:
+        return ids_BS == getattr(self._model.config, f"{kind}_token_id")
+
+    def _features_of(self, grid: Tensor) -> list[int]:
+        return (grid.prod(-1) // self._model.config.vision_config.spatial_merge_size**2).tolist()
+
+    def _positions(self, given: dict[str, Any], taken: dict[str, Any]) -> Tensor:
+        """[3, B, S]; where the batch names its documents, each starts at 0."""
+        ids_BS, types_BS, mask = given["input_ids"], taken["mm_token_type_ids"], given.get("attention_mask")
+        keywords = {key: taken[key] for key in ("image_grid_thw", "video_grid_thw", "second_per_grid_ts") if key in taken}
+        index = self._model.base_model.get_rope_index
+        if all(given.get(key) is None for key in BOUND_KEYS):
+            return index(ids_BS, mm_token_type_ids=types_BS, attention_mask=mask, **keywords)[0]
+        bounds = torch.tensor(batches.documents_of(given))
+        ids_DL, types_DL, mask_DL = (
+            pad_sequence(x.flatten().split(bounds.diff().tolist()), batch_first=True)
+            for x in (ids_BS, types_BS, torch.ones_like(ids_BS))
+        )
+        positions_3DL, _ = index(ids_DL, mm_token_type_ids=types_DL, attention_mask=mask_DL, **keywords)
+        return positions_3DL[:, mask_DL.bool()].unflatten(1, ids_BS.shape)
+
+    def _any_replica(self, here: bool, device: torch.device) -> bool:
+        if self._mesh.data.size == 1:
+            return here
+        return bool(comm.all_sum(torch.tensor(float(here), device=device), self._mesh.data.group))
+
+    def _encode(self, kinds: tuple[str, ...], taken: dict[str, Any], device: torch.device) -> Encoded:
+        """One run of the tower, of images and videos together: under reentrant checkpointing DeepSpeed takes no second one."""
+        seq = self._mesh.seq
+        grids = [taken[f"{kind}_grid_thw"].cpu() for kind in kinds]
+        patches = [n for grid in grids for n in grid.prod(-1).tolist()]
+        owners = deal(patches, seq.size)
+        own = [image for image, owner in enumerate(owners) if owner == seq.rank]
+        if own:
+            images = [x for kind in kinds for x in taken[PIXELS[kind]].split(taken[f"{kind}_grid_thw"].prod(-1).tolist())]
+            pixels, grid = torch.cat([images[image] for image in own]), torch.cat(grids)[own]
+        else:
+            pixels, grid = self._blank()
+        output = self._model.base_model.get_image_features(pixels.to(device), grid.to(device), return_dict=True)
+        layers = (output.pooler_output, *(getattr(output, "deepstack_features", None) or ()))
+        features_FC = torch.cat([torch.cat(images) for images in layers], -1)
+        counts = [n for grid in grids for n in self._features_of(grid)]
+        owners = torch.tensor(owners, dtype=torch.long).repeat_interleave(torch.tensor(counts, dtype=torch.long))
+        places = torch.zeros_like(owners)
+        for rank in range(seq.size):
+            places[owners == rank] = torch.arange(int((owners == rank).sum()))
+        return Encoded(kinds or ("image",), output, features_FC if own else features_FC[:0], owners, places)
+
+    def _blank(self) -> tuple[Tensor, Tensor]:
+        """Pixels and grid of the smallest image that the tower takes."""
+        config = self._model.config.vision_config
+        side = config.spatial_merge_size
+        width = config.in_channels * config.temporal_patch_size * config.patch_size**2
+        return torch.zeros(side * side, width), torch.tensor([[1, side, side]])
+
+    def _wanted(self, kinds: tuple[str, ...], ids_BS: Tensor | None, context: SequenceContext) -> list[list[Tensor]]:
+        """Of every rank of the row, by kind, the features that its tokens take, ascending."""
+        if ids_BS is None:
+            return [[torch.zeros(0, dtype=torch.long)] * len(kinds)] * self._mesh.seq.size
+        found, start = [], 0
+        for kind in kinds:
+            is_of = self._is_of(kind, ids_BS.cpu())
+            order_BS = torch.where(is_of, is_of.flatten().cumsum(0).view_as(is_of) - 1 + start, -1)
+            found.append([here[here >= 0] for here in batches.by_rank(order_BS, context)])
+            start += int(is_of.sum())
+        return [list(parts) for parts in zip(*found, strict=True)]
+
+    def _exchange(self, encoded: Encoded, wanted: list[Tensor]) -> Tensor:
+        """[V, C]: the local tokens' features, from the ranks that have them."""
+        seq, owners = self._mesh.seq, encoded.owners
+        sent = [encoded.places[theirs[owners[theirs] == seq.rank]] for theirs in wanted]
+        from_rank = owners[wanted[seq.rank]]
+        received = torch.bincount(from_rank, minlength=seq.size).tolist()
+        device = encoded.features_FC.device
+        parts_FC = encoded.features_FC[torch.cat(sent).to(device)]
+        arrived_VC = comm.exchange_rows(parts_FC, [len(part) for part in sent], received, seq.group)
+        return arrived_VC[from_rank.argsort(stable=True).argsort().to(device)]
