@@ -179,6 +179,11 @@ def _of_layers(model: PreTrainedModel, config: PretrainedConfig) -> Iterator[str
         if name.rsplit(".", 1)[-1] == "mtp":
             yield f"{name} predicts several tokens at once, which is not in this version; load the model without it"
     for index, kind in enumerate(getattr(config, "layer_types", None) or ()):
+        if kind == "chunked_attention":
+            yield (
+                f"layer {index} is {kind}: transformers cuts its chunks by columns of the row, through documents, and numbers "
+                "positions for its attention temperature from the start of every shard"
+            )
         if kind not in LAYER_TYPES and not (kind == "linear_attention" and "recurrent" in handled):
             yield f"layer {index} is {kind}: only {' and '.join(LAYER_TYPES)} layers are in this version"
     for key in ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"):
@@ -204,6 +209,8 @@ def _of_scores(model: PreTrainedModel, config: PretrainedConfig) -> Iterator[str
         for name, module in attention_modules(model).items():
             if "softcap" not in _keywords(module):
                 yield f"{name} has a softcap of {config.attn_logit_softcapping} that it does not pass to its attention"
+    if getattr(config, "attn_temperature_tuning", False):
+        yield "config.attn_temperature_tuning numbers positions from the start of every shard"
     dropout = getattr(config, "attention_dropout", 0.0)
     if dropout:
         yield f"config.attention_dropout is {dropout}: set it to 0, shards would draw other masks than one process"

@@ -28,7 +28,7 @@ from rich.table import Table  # noqa: E402
 from torch.overrides import TorchFunctionMode  # noqa: E402
 
 from ds_cp import selftest  # noqa: E402
-from tests.dist import jobs  # noqa: E402
+from tests.dist import jobs, pictures  # noqa: E402
 from tests.dist.pool import Pool  # noqa: E402
 from tests.dist.test_parity import MESHES, block, masked, packed, padded  # noqa: E402
 
@@ -36,6 +36,7 @@ MODELS = ("llama", "qwen3", "qwen2", "gpt_neox")
 HYBRIDS = ("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next", "olmo_hybrid")
 WINDOWED = ("mistral", "phi3", "gemma2", "gemma3_text", "cohere2", "olmo3")
 EXPERTS = ("mixtral", "qwen3_moe", "olmoe", "gpt_oss", "qwen3_5_moe_text", "deepseek_v3", "glm4_moe")
+VISION = ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
 UNBALANCED = ("deepseek_v3", "glm4_moe")
 BAR = 1e-5
 Case = tuple[str, int, dict[str, Any]]
@@ -122,6 +123,21 @@ def expert_cases() -> Iterator[Case]:
                     yield f"{model}, {name}, ulysses {mesh[0]} x ring {mesh[1]}, ZeRO {stage}", MESHES[mesh], case
 
 
+def vision_cases() -> Iterator[Case]:
+    """Vision-language models: images and a video in a row; packed rows where transformers sees their documents."""
+    documents = [pictures.row([5, (2, 2), 7]), pictures.text(1), pictures.row([(1, 3), (2, 1), 8], seed=3), pictures.text(1)]
+    for model in VISION:
+        framed = model != "qwen2_5_vl"
+        rows = {"images": pictures.row([5, (2, 2), 3, (1, 3), 2, (2, 1, 2), 26, (3, 2), 4], framed=framed)}
+        if "qwen3_5" not in model:
+            rows["packed"] = pictures.packed(documents, pictures.positions(model, documents))
+        for mesh in MESHES:
+            for name, batch in rows.items() if mesh != (4, 1) else ():
+                for stage in (0, 1, 2, 3) if name == "images" else (3,):
+                    case = {"model_type": model, "block": block(*mesh), "stage": stage, "batches": [batch]}
+                    yield f"{model}, {name}, ulysses {mesh[0]} x ring {mesh[1]}, ZeRO {stage}", MESHES[mesh], case
+
+
 class Fp64(TorchFunctionMode):
     """fp64 wherever code asks for fp32."""
 
@@ -188,11 +204,12 @@ def main() -> None:
     parser.add_argument("--hybrids", action="store_true", help="models with Gated DeltaNet layers instead")
     parser.add_argument("--windows", action="store_true", help="models with sliding windows and softcap instead")
     parser.add_argument("--experts", action="store_true", help="mixtures of experts, with their balance loss, instead")
+    parser.add_argument("--vision", action="store_true", help="vision-language models instead")
     parser.add_argument("--json", type=Path, help="write the figures and the machine there")
     parser.add_argument("--markdown", action="store_true", help="print a markdown table too")
     arguments = parser.parse_args()
     hybrids = arguments.hybrids
-    others = {"hybrids": hybrid_cases, "windows": windowed_cases, "experts": expert_cases}
+    others = {"hybrids": hybrid_cases, "windows": windowed_cases, "experts": expert_cases, "vision": vision_cases}
     chosen = next((make() for name, make in others.items() if getattr(arguments, name)), cases(arguments.quick))
     rows = measure(chosen, own=hybrids)
     table = Table(title="parity with one process")

@@ -58,6 +58,11 @@ def expert_parallel(by_deepspeed: bool = False) -> PreTrainedModel:
     return model
 
 
+def llama4(**changes: Any) -> PreTrainedModel:
+    """Without its experts, for which it would be refused as well."""
+    return small("llama4_text", intermediate_size_mlp=32, num_local_experts=0, moe_layers=[], **changes)
+
+
 def gemma3() -> PretrainedConfig:
     text = {**SMALL, "layer_types": ["full_attention"] * 2}
     vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}
@@ -76,6 +81,11 @@ REFUSED = {
     "chunked layers (llama)": (
         lambda: with_config(small("llama"), layer_types=["chunked_attention", "full_attention"]),
         "layer 0 is chunked_attention",
+    ),
+    "chunked layers (llama4_text)": (lambda: llama4(), "transformers cuts its chunks by columns of the row"),
+    "temperature by position (llama4_text)": (
+        lambda: llama4(layer_types=["full_attention"] * 2),
+        "attn_temperature_tuning numbers positions from the start of every shard",
     ),
     "softcap that is not passed on (llama)": (
         lambda: with_config(small("llama"), attn_logit_softcapping=30.0),
