@@ -50,6 +50,7 @@ class Watch:
         self._store, self._silent_s, self._grace_s = store, silent_s, grace_s
         self._phase, self._since, self._begun = "start", time.monotonic(), 0
         self._neighbour, self._answered, self._told = ("", time.monotonic()), 0, False
+        self._reached = True  # the store, when it was last told something
         self._ended = threading.Event()
         self._thread = threading.Thread(target=_loop, args=(weakref.ref(self), self._ended), daemon=True, name="ds_cp watch")
         self._thread.start()
@@ -86,12 +87,14 @@ class Watch:
     def failed(self, reason: str) -> str:
         """Tells all ranks and returns the line; what others know about who is there comes after it, if it can be had."""
         line = f"ds_cp: {self.name(self.rank)} stopped in {self.place()}: {reason}"
-        _within(2 * BEAT_S, lambda: self._store.compare_set("failed", "", line))
+        self._reached = _within(2 * BEAT_S, lambda: self._store.compare_set("failed", "", line))
         return line
 
     def roll_call(self) -> str:
         """Who does not answer, and who is somewhere else; "" if nothing can be found out."""
         found: list[str] = []
+        if not self._reached and self.rank:
+            return f"no answer from {self.name(0)}"
 
         def ask() -> None:
             asked = self._store.add("asked", 1)

@@ -2,7 +2,9 @@
 
     python -m tests.faults.job FOLDER WHAT [STEP [RANK]]
 
-WHAT goes wrong on RANK in STEP (from 0): kill-forward, kill-backward, kill-save, stall, stop, nan, full-disk; or nothing.
+WHAT goes wrong on RANK in STEP (from 0): kill-forward, kill-backward, kill-save, stall, stop, nan, full-disk; or nothing. Of "slow"
+and "patient" every step takes half a second more, so that something can be done to it from outside; "patient" and "calm" wait
+longer for others.
 """
 
 from __future__ import annotations
@@ -27,21 +29,24 @@ from tests.dist.jobs import rows
 STEPS = 8
 EVERY = 2
 TIMEOUT_S = 6
+WAITS_S = {"slow": 12, "patient": 120, "calm": 120}
 
 
 def main(folder: Path, what: str, step: int = 3, at: int = 1) -> None:
     torch.set_num_threads(1)
     model = selftest.tiny_model("llama")
-    config = selftest.ds_config(2, {"size": "auto", "ring_size": "auto", "ulysses_size": 1, "comm_timeout_s": TIMEOUT_S})
+    timeout_s = WAITS_S.get(what, TIMEOUT_S)
+    config = selftest.ds_config(2, {"size": "auto", "ring_size": "auto", "ulysses_size": 1, "comm_timeout_s": timeout_s})
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     engine, *_ = ds_cp.initialize(model=model, optimizer=optimizer, config=config)
     watch = attach.handle_of(engine).watch
-    watch._silent_s, watch._grace_s = 6.0, 4.0  # a test's patience
+    watch._silent_s, watch._grace_s = timeout_s, 4.0  # a test's patience
     engine.load_checkpoint(folder)
     data = rows(STEPS, 32)
     while engine.global_steps < STEPS:
         here = engine.global_steps == step and dist.get_rank() == at
         wrong = arm(engine.module, what, data[engine.global_steps]) if here else None
+        time.sleep(0.5 if what in ("slow", "patient") else 0)
         loss = engine(**data[engine.global_steps]).loss
         engine.backward(loss)
         engine.step()

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.faults.job import STEPS
+from tests.faults.test_faults import BOUND_S
+from tests.hosts import traffic_job
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "scripts" / "hosts"
@@ -35,7 +41,7 @@ def hosts(request: pytest.FixtureRequest, built_extension: None) -> Iterator[Hos
         assert done.returncode == 0, f"{command}: {done.stdout[-4000:]}\n{done.stderr[-4000:]}"
         return done.stdout
 
-    tool.count, tool.slots = count, slots
+    tool.count, tool.slots, tool.name = count, slots, name
     tool("up", "--hosts", str(count), "--slots", str(slots))
     yield tool
     tool("down")
@@ -70,3 +76,95 @@ def test_every_launcher_gives_the_gradients_of_one_process(hosts: Hosts, tmp_pat
     (ulysses, ring, data), neighbours = found["auto"]
     assert neighbours == hosts.slots
     assert (ulysses, ring, data) == (hosts.slots, hosts.count, 1)  # the all-to-all stays inside a host
+
+
+class Job:
+    """One rank on each of two hosts, started by hand, so that no launcher ends the survivors."""
+
+    def __init__(self, hosts: Hosts, folder: Path, *module: str | Path) -> None:
+        self._logs = [folder / f"rank{rank}.log" for rank in range(hosts.count)]
+        shared = {**os.environ, "WORLD_SIZE": str(hosts.count), "MASTER_ADDR": "host1", "MASTER_PORT": "29511", "LOCAL_RANK": "0"}
+        self.ranks = []
+        for rank, file in enumerate(self._logs):
+            run = [TOOL, "--name", hosts.name, "run", "--on", f"host{rank + 1}", sys.executable, "-m", *module]
+            with open(file, "w") as log:
+                environment = {**shared, "RANK": str(rank)}
+                self.ranks.append(subprocess.Popen(run, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT))
+
+    def says(self, rank: int) -> str:
+        return self._logs[rank].read_text()
+
+    def losses(self) -> dict[str, str]:
+        return dict(re.findall(r"^loss (\d+) ([\d.]+)$", self.says(0), re.MULTILINE))
+
+    def wait_for(self, text: str, rank: int = 0) -> None:
+        deadline = time.monotonic() + TIMEOUT_S
+        while not re.search(text, self.says(rank)):
+            assert time.monotonic() < deadline, self.says(rank)[-4000:]
+            time.sleep(0.05)
+
+    def codes(self) -> list[int]:
+        return [rank.wait(TIMEOUT_S) for rank in self.ranks]
+
+
+@pytest.fixture(scope="module")
+def whole(hosts: Hosts, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The losses of a run in which nothing goes wrong, as printed."""
+    folder = tmp_path_factory.mktemp("whole")
+    job = Job(hosts, folder, "tests.faults.job", folder / "run", "calm")
+    assert job.codes() == [0, 0], job.says(0)[-4000:]
+    assert len(job.losses()) == STEPS
+    return job.losses()
+
+
+two_hosts = pytest.mark.parametrize("hosts", [(2, 1)], ids=["2 hosts x 1"], indirect=True)
+
+
+@two_hosts
+def test_a_host_that_is_cut_off_is_named_on_both_sides_and_the_last_checkpoint_goes_on(
+    hosts: Hosts, whole: dict[str, str], tmp_path: Path
+) -> None:
+    job = Job(hosts, tmp_path, "tests.faults.job", tmp_path / "run", "slow")
+    job.wait_for("loss 4")
+    hosts("cut", "host2")
+    start = time.monotonic()
+    try:
+        for rank in (0, 1):
+            job.wait_for(rf"ds_cp: rank {rank} on host{rank + 1} (stopped|waited) in step [5-7], \w", rank)
+            print(f"rank {rank} said so {time.monotonic() - start:.1f} s after the cut")
+        assert time.monotonic() - start < BOUND_S
+        assert all(job.codes())
+        print(f"both had ended {time.monotonic() - start:.1f} s after it")
+    finally:
+        hosts("mend", "host2")
+    assert "rank 1 on host2" in job.says(0)
+    assert "rank 0 on host1" in job.says(1)
+    assert time.monotonic() - start < 2 * BOUND_S
+    after = int((tmp_path / "run" / "latest").read_text().removeprefix("global_step"))
+    resumed = Job(hosts, tmp_path, "tests.faults.job", tmp_path / "run", "calm")
+    assert resumed.codes() == [0, 0], resumed.says(0)[-4000:]
+    assert [int(step) for step in resumed.losses()] == list(range(after + 1, STEPS + 1))
+    assert resumed.losses().items() <= whole.items()
+
+
+@two_hosts
+def test_a_host_that_is_cut_off_for_five_seconds_goes_on(hosts: Hosts, whole: dict[str, str], tmp_path: Path) -> None:
+    job = Job(hosts, tmp_path, "tests.faults.job", tmp_path / "run", "patient")
+    job.wait_for("loss 3")
+    hosts("cut", "host2")
+    time.sleep(5)
+    hosts("mend", "host2")
+    assert job.codes() == [0, 0], job.says(0)[-4000:]
+    assert job.losses() == whole
+
+
+@two_hosts
+def test_the_interface_carries_what_the_formula_says(hosts: Hosts, tmp_path: Path) -> None:
+    """Keys and values once in forward, once in backward, and their gradients home; what does not grow with the row is left out."""
+    out = tmp_path / "out.json"
+    job = Job(hosts, tmp_path, "tests.hosts.traffic_job", out)
+    assert job.codes() == [0, 0], job.says(0)[-4000:]
+    short, long = (json.loads(out.read_text())[str(tokens)] for tokens in traffic_job.LENGTHS)
+    wanted = traffic_job.attention_bytes(traffic_job.LENGTHS[1]) - traffic_job.attention_bytes(traffic_job.LENGTHS[0])
+    print(f"{short} and {long} bytes a step, {(long - short) / wanted:.4f} of the formula for what is between them")
+    assert 0.999 * wanted <= long - short <= 1.03 * wanted, "headers of packets, acknowledgements, and the watch's beats"
