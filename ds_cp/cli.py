@@ -4,14 +4,15 @@ shows a row under a layout. Starts nothing."""
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from ds_cp import config, layout, topology
 from ds_cp import explain as explaining
+from ds_cp import layout
 
 app = typer.Typer(add_completion=False, help="Sequence parallelism for DeepSpeed.")
 
@@ -26,36 +27,15 @@ def check(
     kv_heads: Annotated[int, typer.Option(min=0, help="Key/value heads, where no model is given; 0 means as many.")] = 0,
 ) -> None:
     """Validates a config against a model and a number of ranks; exit code 1 and one sentence if it would be refused."""
+    from ds_cp import checking
+
     try:
-        block = config.parse(str(ds_config))
-        pairs, linear_heads = _heads_of(model) if model else ([(heads, kv_heads or heads)] if heads else [], [])
-        degrees = topology.resolve(
-            block.size,
-            block.ulysses_size,
-            block.ring_size,
-            world=ranks,
-            local_world=ranks_per_node or ranks,
-            heads=pairs,
-            linear_heads=linear_heads,
-            linear=block.linear_attention,
-        )
-        linear = topology.resolve_linear(block.linear_attention, degrees, linear_heads)
+        found = checking.check(ds_config, ranks, ranks_per_node, model, (heads, kv_heads or heads) if heads else None)
     except ValueError as error:
-        Console(stderr=True).print(f"[red]refused:[/red] {error}", soft_wrap=True)
-        raise typer.Exit(1) from None
+        _refuse(error)
     table = Table("setting", "in this job")
-    padding = layout.pad_multiple(block.layout, degrees.ring, degrees.ulysses)
-    most = layout.most_padding(block.layout, degrees.ring, degrees.ulysses)
-    for setting, value in {
-        "size": degrees.size,
-        "ulysses_size": degrees.ulysses,
-        "ring_size": degrees.ring,
-        "data-parallel replicas": degrees.data,
-        "layout": layout.describe(block.layout),
-        **({"linear_attention": linear} if linear_heads else {}),
-        "rows are padded to a multiple of": padding if padding == most else f"{padding}; packed rows of up to {most}",
-    }.items():
-        table.add_row(setting, str(value))
+    for setting, value in found.items():
+        table.add_row(setting, value)
     Console().print(table)
 
 
@@ -79,11 +59,10 @@ def explain(
         if png is not None:
             explaining.draw(found, png)
     except ValueError as error:
-        Console(stderr=True).print(f"[red]refused:[/red] {error}", soft_wrap=True)
-        raise typer.Exit(1) from None
+        _refuse(error)
 
 
-def _heads_of(model: str) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    from ds_cp.models import checks
-
-    return checks.heads_of_pretrained(model)
+def _refuse(error: ValueError) -> NoReturn:
+    """One sentence, and an exit code for CI."""
+    Console(stderr=True).print(Text("refused: ", style="red") + Text(str(error)), soft_wrap=True)
+    raise typer.Exit(1) from None

@@ -27,7 +27,7 @@ from ds_cp.kernels.attention import Kernel
 from ds_cp.loader import StepLoader, data_loader
 from ds_cp.loss import CausalLMLoss
 from ds_cp.mesh import Mesh
-from ds_cp.models import attach, checks, lm_head, mlp
+from ds_cp.models import attach, checks, lm_head, mlp, trial
 from ds_cp.token_values import TokenValues, of_logits
 
 Source = str | os.PathLike[str] | Mapping[str, Any]
@@ -118,7 +118,7 @@ def _resolve(
     model: PreTrainedModel, block: Config, ds_config: Mapping[str, Any], local_world: int
 ) -> tuple[topology.Topology, Methods, torch.dtype]:
     """Every "auto" resolved, or refused; nothing is sent."""
-    checks.refuse(model)
+    trial.refuse(model)
     if block.tiled_mlp is True:
         mlp.refuse(model)
     for module in _gathered_as_one(model, block):
@@ -196,9 +196,7 @@ def methods_of(block: Config, model: nn.Module, degrees: topology.Topology, dtyp
         attention=kernel_of(block, model),
         layout=block.layout,
         ring_impl=block.ring_impl,
-        gathered_tokens=choice.gathered_tokens(
-            split.query, checks.head_size(model.config.get_text_config()), get_accelerator().device_name()
-        ),
+        gathered_tokens=choice.gathered_tokens(split.query, checks.head_size(model), get_accelerator().device_name()),
         beside=torch.cuda.Stream() if get_accelerator().device_name() == "cuda" else None,
         delta=_delta_kernel(block, shapes, dtype, passing) if shapes else None,
         linear=linear,
@@ -231,7 +229,7 @@ def _wrong_kernel(methods: Methods, model: nn.Module, degrees: topology.Topology
     asked = probe.Asked(
         query_heads=split.query,
         kv_heads=split.kv,
-        head_size=checks.head_size(config),
+        head_size=checks.head_size(model),
         windows=methods.windows,
         softcap=getattr(config, "attn_logit_softcapping", None),
         rectangles=degrees.ring > 1,

@@ -5,9 +5,10 @@ The tests call these functions; so does any user who wants the same proof on the
 
 from __future__ import annotations
 
+import copy
 import importlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -24,11 +25,14 @@ from transformers import (
 
 from ds_cp import engine as engines
 from ds_cp.batch import count_targets
-from ds_cp.models import family_of, family_of_type
+from ds_cp.models import family_of, family_of_type, trial
 from ds_cp.models.routers import coefficient
 
 LR = 2.0**20
 """SGD's step in the parity runs: so large that the new weight is the gradient, and the old one no longer rounds it."""
+
+BAR = 1e-5
+NOISE = 10.0
 
 Batch = dict[str, Any]
 
@@ -236,6 +240,41 @@ def parity_without_deepspeed(
 
 def _fp64_loss(logits: Tensor, labels: Tensor, **_: Any) -> Tensor:
     return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
+def tried(model: PreTrainedModel, block: dict[str, Any], stage: int = 2) -> Report:
+    """A row of one document and one of several as one optimizer step on all ranks, against transformers in this process.
+
+    The reference computes every document by itself. Where transformers in fp32 is not what it is in fp64 by `BAR` (the gradient of
+    a bias of keys is zero but for rounding), an error is one of `NOISE` times that difference.
+    """
+    batches = trial.rows()
+    alone = copy.deepcopy(model)
+    wanted = _mean([trial.alone(alone, batch, documents) for batch, documents in batches])
+    noise = _noise(alone, batches, wanted[1])
+    rows = [batch for batch, _ in batches]
+    got = sharded(model, ds_config(stage, {**block, "loss_reduction": "mean"}, accumulation=len(rows)), [rows])
+    report = compare(*got, *wanted)
+    rounding = {name: NOISE * noise[name] / max(float(wanted[1][name].abs().max()), 1e-30) for name in report.errors}
+    return replace(
+        report, errors={name: min(error, BAR * error / max(rounding[name], BAR)) for name, error in report.errors.items()}
+    )
+
+
+def _mean(runs: Sequence[trial.Run]) -> trial.Run:
+    gradients = {name: sum(run[1][name] for run in runs) / len(runs) for name in runs[0][1]}
+    return sum(run[0] for run in runs) / len(runs), gradients
+
+
+def _noise(alone: PreTrainedModel, batches: Sequence[tuple[Batch, tuple[int, ...]]], found: dict[str, Tensor]) -> dict[str, float]:
+    """By how much transformers' gradients in fp32 are not those in fp64; 0 where it cannot run in fp64."""
+    if hasattr(alone, "set_experts_implementation"):  # the usual one has no fp64
+        alone.set_experts_implementation("eager")
+    try:
+        exact = _mean([trial.alone(alone.double(), batch, documents) for batch, documents in batches])[1]
+    except (RuntimeError, ValueError):
+        return dict.fromkeys(found, 0.0)
+    return {name: float((exact[name] - found[name]).abs().max()) for name in found}
 
 
 def trajectory_error(model_type: str, block: dict[str, Any], stage: int, batches: Sequence[Batch], accumulation: int) -> float:

@@ -29,7 +29,8 @@ from ds_cp.late import Late
 from ds_cp.loss import LOCAL, CausalLMLoss
 from ds_cp.mesh import Mesh
 from ds_cp.models import family_of, lm_head, mlp, routers, vision
-from ds_cp.models.checks import token_mixers
+from ds_cp.models.checks import attention_modules, token_mixers, window_of
+from ds_cp.models.relay import relays
 from ds_cp.models.same_row import SameRow, check_plan
 from ds_cp.offload import Offload
 from ds_cp.watch import Preemption, Watch
@@ -93,6 +94,7 @@ class Handle:
         self._offload = Offload() if self.activation_offload else None
         family = family_of(self.model.config)
         undo = [family.attach(module) for module in family.mixers(self.model).values()] if family else []
+        undo += [relay.remove for relay in relays(self.model, attention_modules(self.model))]
         hooks = [
             self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             self.model.register_forward_hook(self._end_offload, always_call=True),
@@ -250,7 +252,7 @@ def attention_forward(
     window, size = _window(module, kwargs.get("sliding_window"), cp), value.shape[-1]
     if size != query.shape[-1]:  # latent attention
         query, key, value = _of_one_size(query, key, value)
-    return attend(query, key, value, cp, score, window, kwargs.get("s_aux"))[..., :size], None
+    return attend(query, key, value, cp, score, window, kwargs.get("s_aux"))[..., :size].contiguous(), None
 
 
 def _of_one_size(*tensors: Tensor) -> list[Tensor]:
@@ -261,7 +263,8 @@ def _of_one_size(*tensors: Tensor) -> list[Tensor]:
 
 def _window(module: nn.Module, given: int | None, cp: SequenceContext) -> int | None:
     """The layer's window, which must be one that the batch was planned for."""
-    if given not in cp.plans or given != getattr(module, "sliding_window", given):
+    config = getattr(module, "config", None)
+    if given not in cp.plans or given != (given if config is None else window_of(module, config)):
         raise ValueError(
             f"model: {type(module).__name__} asks its attention for sliding_window={given}; its layers were found to have "
             f"{', '.join(str(window) for window in cp.plans)} when the run began"

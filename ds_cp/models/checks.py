@@ -8,31 +8,29 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 
-import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import (
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import PretrainedConfig, PreTrainedModel
 
 from ds_cp.kernels.delta import Shapes
-from ds_cp.models import family_of, model_types, vision
+from ds_cp.models import family_of, vision
 
 RECURRENT = ("deltanet", "deltaattention", "mamba", "recurrent", "rwkv", "shortconv", "linearattention", "lightningattention")
 LAYER_TYPES = ("full_attention", "sliding_attention")
 BIDIRECTIONAL_IMAGES = ("gemma3", "gemma4", "paligemma")
+ENCODER_ATTENTION = "encoder_attn"
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
 def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules of the language model whose forward looks its kernel up in HF's attention interface, by name."""
+    """Modules of the language model whose forward looks its kernel up in HF's attention interface, by name, but those that attend
+    an encoder's output: a causal language model has none, and the census ends a run in which one is called."""
     tower = vision_modules(model)
-    return {name: m for name, m in model.named_modules() if _uses_interface(type(m)) and id(m) not in tower}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if _uses_interface(type(module)) and id(module) not in tower and name.rpartition(".")[2] != ENCODER_ATTENTION
+    }
 
 
 def vision_modules(model: nn.Module) -> set[int]:
@@ -56,7 +54,10 @@ def windows(model: PreTrainedModel) -> tuple[int | None, ...]:
 
 
 def window_of(module: nn.Module, config: PretrainedConfig) -> int | None:
-    """The module's own where it has one, else the config's."""
+    """The module's own where it has one, else the config's; None for a layer that says it has none."""
+    kinds, index = getattr(config, "layer_types", None), getattr(module, "layer_idx", None)
+    if getattr(module, "is_sliding", True) is False or (kinds and index is not None and kinds[index] == "full_attention"):
+        return None
     return getattr(module, "sliding_window", getattr(config, "sliding_window", None))
 
 
@@ -78,34 +79,33 @@ def _shapes(module: nn.Module) -> Shapes:
 
 
 def heads(model: PreTrainedModel) -> list[tuple[int, int]]:
-    """(query heads, key/value heads) of the model's attention layers."""
+    """(query heads, key/value heads) of the model's attention layers, each pair once."""
     config = model.config.get_text_config()
-    query = config.num_attention_heads
-    return [(query, getattr(config, "num_key_value_heads", None) or query)]
+    query = getattr(config, "decoder_attention_heads", config.num_attention_heads)
+    usual = query, getattr(config, "num_key_value_heads", None) or query
+    return list(dict.fromkeys(_heads_of(module, query) or usual for module in attention_modules(model).values())) or [usual]
 
 
-def head_size(config: PretrainedConfig) -> int:
-    """Of queries and keys; under latent attention values have another, which `attach` pads to it."""
+def _heads_of(module: nn.Module, query: int) -> tuple[int, int] | None:
+    """A layer's own, which may be others than the config's (Laguna, MiMo, JetMoe), where its parts tell."""
+    width = getattr(getattr(module, "k_proj", None), "out_features", None)
+    size, groups = getattr(module, "head_dim", None), getattr(module, "num_key_value_groups", None)
+    if not isinstance(groups, int) or query % groups:
+        return None
+    if not (isinstance(width, int) and isinstance(size, int)) or width % size:
+        return query, query // groups
+    return width // size * groups, width // size
+
+
+def head_size(model: PreTrainedModel) -> int:
+    """Of queries and keys, the largest; under latent attention values have another, which `attach` pads to it."""
+    config = model.config.get_text_config()
     if getattr(config, "qk_nope_head_dim", None):
         return config.qk_nope_head_dim + config.qk_rope_head_dim
+    own = [getattr(module, "head_dim", None) for module in attention_modules(model).values()]
+    if own and all(isinstance(size, int) for size in own):
+        return max(own)
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
-def heads_of_pretrained(name: str) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """Checks a model by name or path without its weights, and gives its heads: of attention, and (value, key) of DeltaNet layers.
-
-    Raises:
-        ValueError: there is no such model, or `refuse` refuses it.
-    """
-    try:
-        with torch.device("meta"):
-            config = AutoConfig.from_pretrained(name)
-            seeing = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-            model = (AutoModelForImageTextToText if seeing else AutoModelForCausalLM).from_config(config)
-    except OSError as error:
-        raise ValueError(f"model: {name!r} cannot be read: {str(error).splitlines()[0]}") from error
-    refuse(model)
-    return heads(model), [(shapes.value_heads, shapes.key_heads) for shapes in linear_shapes(model)]
 
 
 def refuse(model: nn.Module) -> None:
@@ -131,9 +131,7 @@ def _reasons(model: PreTrainedModel) -> Iterator[str]:
     yield from _of_layers(model, config)
     yield from _of_scores(model, config)
     family = family_of(model.config)
-    if family is None:
-        yield f"its type has not been compared with one process; supported: {', '.join(model_types())}"
-    elif (reason := family.refuse(config)) is not None:
+    if family is not None and (reason := family.refuse(config)) is not None:
         yield reason
     yield from _of_interface(model, config)
 
@@ -187,7 +185,7 @@ def _of_layers(model: PreTrainedModel, config: PretrainedConfig) -> Iterator[str
         if kind not in LAYER_TYPES and not (kind == "linear_attention" and "recurrent" in handled):
             yield f"layer {index} is {kind}: only {' and '.join(LAYER_TYPES)} layers are in this version"
     for key in ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"):
-        if getattr(config, key, None) and "experts" not in handled:
+        if getattr(config, key, None) and family is not None and "experts" not in handled:
             yield f"config.{key} is {getattr(config, key)}: mixtures of experts are not in this version"
     for name, module in attention_modules(model).items():
         if not getattr(module, "is_causal", True):
@@ -211,9 +209,12 @@ def _of_scores(model: PreTrainedModel, config: PretrainedConfig) -> Iterator[str
                 yield f"{name} has a softcap of {config.attn_logit_softcapping} that it does not pass to its attention"
     if getattr(config, "attn_temperature_tuning", False):
         yield "config.attn_temperature_tuning numbers positions from the start of every shard"
-    dropout = getattr(config, "attention_dropout", 0.0)
-    if dropout:
-        yield f"config.attention_dropout is {dropout}: set it to 0, shards would draw other masks than one process"
+    for key, value in vars(config).items():
+        if "drop" in key and ("att" in key or "layer" in key) and isinstance(value, float) and value:
+            yield f"config.{key} is {value}: set it to 0, shards would draw other masks than one process"
+    noise = getattr(config, "router_jitter_noise", None)
+    if noise:
+        yield f"config.router_jitter_noise is {noise}: set it to 0, shards would draw other noise than one process"
     for name, _ in model.named_parameters():
         owner, _, leaf = name.rpartition(".")
         if leaf == "sinks" and "s_aux" not in _keywords(model.get_submodule(owner)):
@@ -231,10 +232,11 @@ def _rope_types(config: PretrainedConfig) -> list[str]:
 
 def _of_interface(model: PreTrainedModel, config: PretrainedConfig) -> Iterator[str]:
     found = token_mixers(model)
-    if len(found) != config.num_hidden_layers:
+    layers = getattr(config, "decoder_layers", config.num_hidden_layers)
+    if len(found) != layers:
         yield (
-            f"{len(found)} of its {config.num_hidden_layers} layers mix tokens through transformers' attention interface or "
-            "in a way that ds_cp knows, so the others could not be sharded"
+            f"{len(found)} modules mix tokens through transformers' attention interface or in a way that ds_cp knows, in "
+            f"{layers} layers, so others could not be sharded"
         )
 
 

@@ -237,11 +237,11 @@ def build_ours(model: Any, case: Case, timeline: Timeline) -> tuple[Any, Forward
     from deepspeed.utils import set_z3_leaf_module
 
     from ds_cp import config, engine, mesh, topology
-    from ds_cp.models import checks
+    from ds_cp.models import checks, trial
 
     sizes = {"size": case.world, "ulysses_size": case.ulysses, "ring_size": case.ring}
     block = config.parse({config.BLOCK: {**case.block, **sizes, "attention_kernel": case.attention}})
-    checks.refuse(model)
+    trial.refuse(model)
     degrees = topology.resolve(*sizes.values(), world=case.world, local_world=case.world, heads=checks.heads(model))
     mesh_ = mesh.build(degrees, block.comm_timeout_s)
     for module in engine._gathered_as_one(model, block):

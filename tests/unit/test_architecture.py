@@ -78,6 +78,7 @@ IMPORTS = _table(
         "trainer": "engine",
         "selftest": "engine kernels.attention tiles batch models",
         "explain": "balance layout tiles",
+        "checking": "config layout preflight topology models",
         "cli": "config planner selftest explain",
     }
 )
@@ -92,21 +93,22 @@ BEYOND = _table(
         "ring": "kernels.merge kernels.sums kernels.attention",  # merging; what sums gradients; Score
         "loader": "models",  # the mesh and the reduction of an engine's model
         "loss": "batch tiled_head",  # SequenceContext and IGNORE; what a token's loss is made of
-        # same-row check; shapes of recurrent layers; tiles; Score; the balance loss
-        "models": "watch late comm mesh kernels.delta kernels.attention tiled_head token_values tiled_module offload router_loss",
+        # same-row check; shapes of recurrent layers; tiles; Score; the balance loss; the one rank of a trial
+        "models": "watch late comm mesh topology kernels.delta kernels.attention tiled_head token_values tiled_module offload "
+        "router_loss",
         # the public function; who is there; the process group; what ranks must have alike
         "engine": "token_values watch launch agreement",
         "launch": "config agreement",  # a config that one rank cannot read, or reads otherwise, ends all of them
         # reads the block, counts targets and verifies the factor as engine does; stopping and saving
         "trainer": "batch comm config factor mesh deal reliable agreement preflight",
-        "cli": "topology layout models",  # what `check` resolves: sizes, padding, a model's heads; there is no planner yet
+        "cli": "layout checking",  # names of layouts; what `check` resolves
     }
 )
 """Edges that the code has and design.md's table does not, each with its reason. One that is gone must go from here."""
 
 OUTSIDE = _table(
     {
-        "transformers": "models engine trainer selftest reliable",
+        "transformers": "models checking engine trainer selftest reliable",
         "deepspeed": "mesh loss engine trainer factor selftest launch",
         "flash_attn": "kernels.attention kernels.flash4_hopper",
         "cutlass": "kernels.flash4_hopper",

@@ -23,7 +23,7 @@ from ds_cp.kernels import attention as kernels
 from ds_cp.kernels import delta as deltas
 from ds_cp.loss import CausalLMLoss
 from ds_cp.mesh import AxisGroup, Mesh
-from ds_cp.models import attach, checks, families, family_dense, family_gated_delta, gated_delta, model_types
+from ds_cp.models import attach, checks, families, family_dense, family_gated_delta, gated_delta, model_types, trial
 
 SMALL = {
     "vocab_size": 64,
@@ -91,7 +91,7 @@ REFUSED = {
         lambda: with_config(small("llama"), attn_logit_softcapping=30.0),
         "has a softcap of 30.0 that it does not pass",
     ),
-    "experts (phimoe)": (lambda: small("phimoe", num_local_experts=2), "num_local_experts is 2: mixtures of experts"),
+    "router noise (phimoe)": (lambda: small("phimoe", num_local_experts=2), "router_jitter_noise is 0.01"),
     "experts on other ranks, transformers (mixtral)": (lambda: expert_parallel(), "experts is split by transformers' expert par"),
     "experts on other ranks, DeepSpeed (mixtral)": (lambda: expert_parallel(by_deepspeed=True), "of an expert-parallel layer of"),
     "router noise (mixtral)": (
@@ -114,11 +114,10 @@ REFUSED = {
         lambda: small("llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
         "rope_type dynamic",
     ),
-    "an unlisted type (cohere)": (
-        lambda: small("cohere"),
-        "has not been compared with one process; supported: cohere2, deepseek_v3",
-    ),
-    "no interface (bloom)": (lambda: small("bloom", n_head=4, attention_dropout=0.0), "not been compared"),
+    "layers left out at random (opt)": (lambda: small("opt", ffn_dim=32, layerdrop=0.1), "config.layerdrop is 0.1: set it to 0"),
+    "dropout of another name (gpt2)": (lambda: small("gpt2", attn_pdrop=0.1), "config.attn_pdrop is 0.1: set it to 0"),
+    "a mask of its own (doge)": (lambda: small("doge"), "a tiny twin of it was tried, and DogeAttention passes a mask of its own"),
+    "no interface (bloom)": (lambda: small("bloom", n_head=4, attention_dropout=0.0), "0 modules mix tokens through"),
     "encoder-decoder (t5)": (
         lambda: AutoModelForSeq2SeqLM.from_config(CONFIG_MAPPING["t5"](d_model=32, d_kv=8, d_ff=32, num_layers=1, vocab_size=64)),
         "encoder-decoder",
@@ -138,7 +137,7 @@ REFUSED = {
 def test_refused_by_the_property_that_would_be_trained_wrong(case: str) -> None:
     build, reason = REFUSED[case]
     with pytest.raises(ValueError, match=r"sequence_parallel\.size to 1") as caught:
-        checks.refuse(build())
+        trial.refuse(build())
     assert reason in str(caught.value), str(caught.value)
     assert str(caught.value).count(". ") == 0, "one sentence"
 

@@ -1,0 +1,189 @@
+"""docs/models.md: every causal language model of the installed transformers, sharded over two ranks against one process.
+
+    python scripts/models_map.py [--only llama,gpt2] [--json map.json]
+
+For each architecture a tiny config is made (`ds_cp.models.twin`, or the family's own), and one optimizer step on two gloo ranks,
+once with the all-to-all and once with the ring, is compared with transformers in one process, every parameter's gradient. What
+comes out is `exact`, or `refused` with the sentence that a user would read. Anything else ends this script with an error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import sys
+import time
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / ".cache" / "torch_extensions"))
+os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+warnings.filterwarnings("ignore")
+
+import torch  # noqa: E402  (the paths and the environment come first)
+import transformers  # noqa: E402
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel  # noqa: E402
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES  # noqa: E402
+
+from ds_cp import selftest  # noqa: E402
+from ds_cp.models import family_of, trial  # noqa: E402
+from ds_cp.models.twin import twin  # noqa: E402
+from tests.dist.pool import Pool  # noqa: E402
+
+PAGE = ROOT / "docs" / "models.md"
+HEADING = "## Every causal language model of transformers"
+INTRODUCTION = """\
+`python scripts/models_map.py` makes this section from the installed transformers, and fails if an architecture is different.
+
+- exact: a tiny model of it on two ranks, as ulysses and as ring, a row of one document and a packed one: the loss and every
+  parameter's gradient are within 1e-5 of transformers in one process, document by document, in fp32. Where transformers' own fp32
+  gradient is further than 1e-6 from its fp64 (that of a bias of keys is zero but for rounding), within ten times that distance.
+  The number is the worst.
+- refused: ds_cp ends the run before training, with this reason.
+
+Types that no family of ds_cp lists are tried before training on a tiny twin of the user's model ([how](architecture.md)), so what
+is newer than this page is accepted or refused by what it does.
+
+| architecture | | worst error, or reason |
+| --- | --- | --- |"""
+STATES = ("exact", "refused", "different")
+MESHES = {"ulysses": (2, 1), "ring": (1, 2)}
+
+FILLED: Mapping[str, Mapping[str, Any]] = {
+    "cohere_compass_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+    "deepseek_v2": {"num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "topk_method": "group_limited_greedy"},
+    "dots1": {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "hunyuan_v1_dense": {"head_dim": 128},
+    "hunyuan_v1_moe": {"head_dim": 128},
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 16},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
+    "ministral": {"head_dim": 128},
+    "nanochat": {"head_dim": 128},
+    "nemotron": {"num_key_value_heads": 8, "head_dim": 128},
+    "phimoe": {"router_jitter_noise": 0.0, "input_jitter_noise": 0.0},
+}
+"""Values that a config's class leaves open, where no model can be built or a layer is left out without them."""
+
+
+def config_of(model_type: str) -> PretrainedConfig:
+    """The default config of a model type, as a decoder and without dropout in attention."""
+    config = CONFIG_MAPPING[model_type](**FILLED.get(model_type, {}))
+    if getattr(config, "is_decoder", None) is False and not config.is_encoder_decoder:
+        config.is_decoder = True
+    wanted = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].config_class
+    if not isinstance(config, wanted) and isinstance(config.get_text_config(), wanted):
+        config = config.get_text_config()
+    for key, value in vars(config).items():
+        if "drop" in key and isinstance(value, float):
+            setattr(config, key, 0.0)
+    return config
+
+
+def outcome(model_type: str) -> tuple[str, str]:
+    """(state, what is to be said about it) of one architecture, on the ranks of the pool."""
+    try:
+        config = config_of(model_type)
+        kind = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[model_type]]
+    except Exception as error:
+        return "refused", f"transformers builds no default config of it ({_short(error)})"
+    try:
+        assert not config.sub_configs.keys() - {"text_config"}
+        model = _tiny(kind, config)
+    except Exception:
+        return _refusal_of_whole(kind, config)
+    try:
+        trial.refuse(model)
+    except ValueError as error:
+        return "refused", _reason(error)
+    worst = 0.0
+    for name, (ulysses, ring) in MESHES.items():
+        block = {"size": ulysses * ring, "ulysses_size": ulysses, "ring_size": ring}
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                report = selftest.tried(_tiny(kind, config), block)
+        except ValueError as error:
+            return "refused", _reason(error)
+        worst = max(worst, report.worst[1], report.loss_error)
+        if not worst <= selftest.BAR:
+            return "different", f"{name}: {report.worst[0]} is off by {report.worst[1]:.1e}, the loss by {report.loss_error:.1e}"
+    return "exact", f"{worst:.1e}"
+
+
+def _tiny(kind: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
+    return twin(kind, config) if family_of(config) is None else selftest.tiny_model(config.model_type)
+
+
+def _refusal_of_whole(kind: type[PreTrainedModel], config: PretrainedConfig) -> tuple[str, str]:
+    """Of a model of which no twin can be built: the package must say no to the whole one."""
+    try:
+        with torch.device("meta"):
+            model = kind(config)
+    except Exception as error:
+        return "refused", f"transformers cannot build it from its default config ({_short(error)})"
+    try:
+        trial.refuse(model)
+    except ValueError as error:
+        return "refused", _reason(error)
+    return "different", "no twin of it can be built, and it was not refused"
+
+
+def _reason(error: Exception) -> str:
+    text = str(error)
+    return _short(text.partition("sequence parallelism: ")[2].partition("; change the model or set")[0] or text)
+
+
+def _short(error: Exception | str) -> str:
+    text = " ".join(str(error).split())
+    return (text if len(text) < 300 else f"{text[:296]} ...").replace("|", "\\|")
+
+
+def page(found: Mapping[str, tuple[str, str]]) -> str:
+    """docs/models.md with its last section made anew."""
+    count = ", ".join(f"{sum(each == state for each, _ in found.values())} {state}" for state in STATES)
+    rows = "".join(f"| {name} | {state} | {said} |\n" for name, (state, said) in found.items())
+    before = PAGE.read_text(encoding="utf-8").partition(HEADING)[0].rstrip()
+    return f"{before}\n\n{HEADING} {transformers.__version__}: {count}\n\n{INTRODUCTION}\n{rows}"
+
+
+def read(text: str) -> dict[str, tuple[str, str]]:
+    """What `page` wrote."""
+    rows = (line.strip("| \n").split(" | ", 2) for line in text.splitlines() if line.startswith("| ") and "---" not in line)
+    return {name: (state, said) for name, state, said in (row for row in rows if len(row) == 3) if state in STATES}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="model types, by commas; docs/models.md is not written then")
+    parser.add_argument("--json", type=Path, default=None)
+    arguments = parser.parse_args()
+    names = arguments.only.split(",") if arguments.only else list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    pool, found, began = Pool(2), {}, time.time()
+    for name in names:
+        start = time.time()
+        try:
+            results = pool.run(outcome, model_type=name)
+            found[name] = next((result for result in results if result[0] == "different"), results[0])
+        except Exception as error:
+            found[name] = "different", f"neither trained nor refused: {_short(str(error)[-250:])}"
+            pool.close()
+            pool = Pool(2)
+        print(f"{name}: {found[name][0]} ({found[name][1]}) {time.time() - start:.1f} s", flush=True)
+        if arguments.json:
+            arguments.json.write_text(json.dumps(found, indent=1))
+    pool.close()
+    if not arguments.only:
+        PAGE.write_text(page(found), encoding="utf-8")
+    wrong = [name for name, (state, _) in found.items() if state == "different"]
+    print(f"{len(found)} architectures in {time.time() - began:.0f} s, different: {wrong or 'none'}")
+    sys.exit(bool(wrong))
+
+
+if __name__ == "__main__":
+    main()
