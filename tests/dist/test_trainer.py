@@ -61,14 +61,13 @@ def test_every_zero_stage_without_what_hides_a_scale(pool, tmp_path: Path, stage
     assert_same_run(run(pool, 4, tmp_path, block=block(2, 2), stage=stage, **settings), wanted, tolerance=1e-5)
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_balance_loss_of_a_mixture_of_experts(pool, tmp_path: Path, stage: int) -> None:
+def test_balance_loss_of_a_mixture_of_experts(pool, tmp_path: Path) -> None:
     """Without accumulation: transformers' Trainer sums the balance loss over micro-batches, ds_cp takes its mean, as of any mean."""
     model = ("qwen3_moe", {"output_router_logits": True, "router_aux_loss_coef": 0.3})
     settings = {"gradient_accumulation_steps": 1, "eval_strategy": "steps", "eval_steps": 4, "model": model}
     settings |= {"optim": "sgd", "learning_rate": 0.05, "max_grad_norm": 0.0}
     wanted = run(pool, 1, tmp_path, block=None, stage=None, **settings)
-    assert_same_run(run(pool, 4, tmp_path, block=block(2, 2), stage=stage, **settings), wanted, tolerance=1e-5)
+    assert_same_run(run(pool, 4, tmp_path, block=block(2, 2), stage=3, **settings), wanted, tolerance=1e-5)
 
 
 def test_a_vision_language_model_over_two_replicas(pool, tmp_path: Path) -> None:
