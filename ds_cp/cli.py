@@ -1,8 +1,9 @@
 """The shell: `ds-cp check` says what a config becomes for a model and a number of ranks, or why it is refused; `ds-cp explain`
-shows a row under a layout. Starts nothing."""
+shows a row under a layout; both start nothing. `ds-cp selftest` runs on the ranks of a job."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -15,6 +16,11 @@ from ds_cp import explain as explaining
 from ds_cp import layout
 
 app = typer.Typer(add_completion=False, help="Sequence parallelism for DeepSpeed.")
+
+
+@app.callback()
+def main(local_rank: Annotated[int, typer.Option("--local_rank", hidden=True, help="What DeepSpeed's launcher adds.")] = 0) -> None:
+    """Sequence parallelism for DeepSpeed."""
 
 
 @app.command()
@@ -62,7 +68,31 @@ def explain(
         _refuse(error)
 
 
+@app.command()
+def selftest(
+    ds_config: Annotated[Path, typer.Argument(help="The ds_config.json.")],
+    model: Annotated[str, typer.Option(help="The model's name or path; its weights are not read.")],
+) -> None:
+    """Proves a config on the ranks that it will run on, in under two minutes; ends in PASS or in the sentence to act on.
+
+    deepspeed --hostfile hosts --module ds_cp.cli selftest ds_config.json --model NAME
+    """
+    from ds_cp import prove
+
+    first = int(os.environ.get("RANK", os.environ.get("OMPI_COMM_WORLD_RANK", 0))) == 0
+    console = Console(quiet=not first, soft_wrap=True)
+    try:
+        prove.prove(str(ds_config), model, lambda what, found: console.print(Text(f"{what}: {found}")))
+    except ValueError as error:
+        _refuse(error)
+    console.print(Text("PASS", style="green"))
+
+
 def _refuse(error: ValueError) -> NoReturn:
     """One sentence, and an exit code for CI."""
     Console(stderr=True).print(Text("refused: ", style="red") + Text(str(error)), soft_wrap=True)
     raise typer.Exit(1) from None
+
+
+if __name__ == "__main__":
+    app()

@@ -159,7 +159,7 @@ def sharded(
         engine.step()
         shown += float(loss.detach()) / (1 if items is not None else len(mine))
     handle = engines.attach.handle_of(engine)
-    shown = float(engines.comm.all_sum(torch.tensor(shown), handle.mesh.data.group)) / len(replica_batches)
+    shown = float(engines.comm.all_sum(torch.tensor(shown, device=loss.device), handle.mesh.data.group)) / len(replica_batches)
     after = full_parameters(engine.module)
     finish(engine)
     return shown, {name: (before[name] - after[name]) / LR for name in before}
@@ -181,7 +181,7 @@ def full_parameters(model: nn.Module) -> dict[str, Tensor]:
     whole = {}
     for name, parameter in model.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
-            whole[name] = parameter.detach().clone()
+            whole[name] = parameter.detach().clone().cpu()
     return whole
 
 
@@ -253,7 +253,9 @@ def tried(model: PreTrainedModel, block: dict[str, Any], stage: int = 2) -> Repo
     wanted = _mean([trial.alone(alone, batch, documents) for batch, documents in batches])
     noise = _noise(alone, batches, wanted[1])
     rows = [batch for batch, _ in batches]
-    got = sharded(model, ds_config(stage, {**block, "loss_reduction": "mean"}, accumulation=len(rows)), [rows])
+    replicas = torch.distributed.get_world_size() // block["size"]
+    config = ds_config(stage, {**block, "loss_reduction": "mean"}, accumulation=len(rows))
+    got = sharded(model, config, [rows] * replicas)
     report = compare(*got, *wanted)
     rounding = {name: NOISE * noise[name] / max(float(wanted[1][name].abs().max()), 1e-30) for name in report.errors}
     return replace(
