@@ -223,7 +223,7 @@ def _delta_kernel(block: Config, shapes: list[deltas.Shapes], dtype: torch.dtype
 
 
 def _wrong_kernel(methods: Methods, model: nn.Module, degrees: topology.Topology, dtype: torch.dtype) -> str | None:
-    """What the attention kernel computes wrong on this rank, of what the model will ask of it."""
+    """What the attention kernel does not compute, or computes wrong on this rank, of what the model will ask of it."""
     config = model.config.get_text_config()
     split = topology.split_heads(degrees.ulysses, *checks.heads(model)[0])
     asked = probe.Asked(
@@ -234,8 +234,8 @@ def _wrong_kernel(methods: Methods, model: nn.Module, degrees: topology.Topology
         softcap=getattr(config, "attn_logit_softcapping", None),
         rectangles=degrees.ring > 1,
     )
-    found = probe.wrong(methods.attention, asked, dtype, torch.device(get_accelerator().current_device_name()))
-    return found and f"sequence_parallel.attention_kernel: {found}; name another kernel, or install another version of its package"
+    found = probe.trouble(methods.attention, asked, dtype, torch.device(get_accelerator().current_device_name()))
+    return found and f"sequence_parallel.attention_kernel: {found}"
 
 
 def kernel_of(block: Config, model: nn.Module) -> Kernel:

@@ -8,6 +8,7 @@ from datetime import timedelta
 from typing import Any
 
 import deepspeed
+from deepspeed.accelerator import get_accelerator
 from deepspeed.comm import comm as deepspeed_comm
 
 from ds_cp import agreement, config, preflight
@@ -17,7 +18,7 @@ MPI_RANKS = ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "MV2_COMM_WORLD_RA
 
 
 def init_distributed(timeout_s: float | None = None) -> None:
-    """DeepSpeed's process group of the job, whatever started it; the first thing that a training program does.
+    """DeepSpeed's process group of the job and this rank's GPU, whatever started it; the first thing that a training program does.
 
     Under mpirun, DeepSpeed's `--launcher openmpi`, or srun with PMI, ranks find each other through mpi4py; MASTER_ADDR and
     MASTER_PORT are respected where they are set. On CPU a program of HF Trainer must call this before it builds its
@@ -33,6 +34,8 @@ def init_distributed(timeout_s: float | None = None) -> None:
     if "RANK" not in os.environ and any(name in os.environ for name in MPI_RANKS):
         _discover_mpi()
     timeout = {} if timeout_s is None else {"timeout": timedelta(seconds=timeout_s)}
+    if "LOCAL_RANK" in os.environ:  # else every rank's first collectives are from the first GPU, which NCCL refuses
+        get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed(**timeout)
     preflight.check_world_size()
 

@@ -100,7 +100,8 @@ def reference(model: PreTrainedModel, batches: Sequence[Batch], reduction: str) 
             continue
         scale = {"mean": 1 / len(batches), "token_mean": count / sum(counts), "sum": count}[reduction]
         # With a cache transformers does not look for documents in position_ids, and they would attend each other.
-        parts = [(model(**part, use_cache=False), float(count_targets(part))) for part in (_documents(batch) if apart else [batch])]
+        here = {key: value.to(model.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+        parts = [(model(**part, use_cache=False), float(count_targets(part))) for part in (_documents(here) if apart else [here])]
         own = [_balance_loss(model, out) for out, _ in parts]
         shares = zip(parts, own, strict=True)
         row = sum((out.loss - balance) * (scale * targets / count) for (out, targets), balance in shares if targets)

@@ -132,7 +132,10 @@ class Watch:
             failure = f"{self.name(0)} does not answer ({str(error).splitlines()[0][:80]})"
         if failure is None or self._outside() or time.monotonic() - self._since < self._grace_s:
             return None
-        return f"ds_cp: {self.name(self.rank)} waited in {self.place()} for others and ends: {failure}"
+        me = self.name(self.rank)
+        if failure.startswith(f"{me} stopped"):  # NCCL waits at the end of a process for what the others left
+            return f"ds_cp: {me} has not ended since, and is ended"
+        return f"ds_cp: {me} waited in {self.place()} for others and ends: {failure}"
 
     def _answer(self) -> None:
         asked = self._store.add("asked", 0)

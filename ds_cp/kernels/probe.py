@@ -37,6 +37,15 @@ class Asked:
     """Whether keys of other ring ranks will come."""
 
 
+def trouble(kernel: Kernel, asked: Asked, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why no model may be trained with this kernel here, and what to do about it; None if one may."""
+    reason = refused(kernel, asked, dtype, device)
+    if reason is not None:
+        return reason
+    found = wrong(kernel, asked, dtype, device)
+    return found and f"{found}; name another kernel, or install another version of its package"
+
+
 def wrong(kernel: Kernel, asked: Asked, dtype: torch.dtype, device: torch.device) -> str | None:
     """The first thing that the kernel computes wrong, or None. What it refuses by itself is not asked.
 
@@ -53,6 +62,17 @@ def wrong(kernel: Kernel, asked: Asked, dtype: torch.dtype, device: torch.device
                 if not error <= LIMIT:  # NaN is not either
                     found = f"{part.__name__.split('.')[-1]} computes {name} wrong on this machine, off by {error:.2g} of its size"
                     return f"{found} ({_what(asked, tile, dtype)})"
+    return None
+
+
+def refused(kernel: Kernel, asked: Asked, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why the kernel will not compute a document of a layer of the model, or None."""
+    score = Score(asked.head_size**-0.5, asked.softcap)
+    for window in dict.fromkeys(asked.windows):
+        tile = Tile(0, 1, 0, 1, (0, 1), window=window)
+        reason = kernel.unsupported(*_inputs(asked, tile, dtype, device)[1:], tile, score)
+        if reason is not None:
+            return f"{kernel.__name__.split('.')[-1]}: {reason}"
     return None
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ds_cp
@@ -57,6 +58,8 @@ def parity(
     model, alone = (selftest.tiny_model(model_type, **(changes or {})) for _ in range(2))
     for each in (model, alone) if low_rank else ():
         each.lm_head = LowRank(each.lm_head)
+    for each in (model, alone):
+        each.to(get_accelerator().current_device_name())
     for each in (model, alone) if head_only else ():
         each.model.requires_grad_(False)
     for name, parameter in (*model.named_parameters(), *alone.named_parameters()) if frozen else ():

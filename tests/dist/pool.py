@@ -1,4 +1,4 @@
-"""Gloo workers that are started once per world size and then run functions: process start-up is paid once.
+"""Gloo (or NCCL) workers that are started once per world size and then run functions: process start-up is paid once.
 
 A job is (module:function, keyword arguments); the function runs on every rank and returns something picklable. A failing rank's
 traceback is in the exception; a rank that does not answer in time ends the pool.
@@ -33,9 +33,9 @@ class WorkerError(Exception):
 
 
 class Pool:
-    """`world` gloo ranks with one thread each."""
+    """`world` ranks with one thread each, on gloo, or on NCCL with a GPU each."""
 
-    def __init__(self, world: int, local_world: int | None = None) -> None:
+    def __init__(self, world: int, local_world: int | None = None, device: str = "cpu") -> None:
         self.world = world
         context = mp.get_context("spawn")
         with socket.socket() as free:
@@ -45,7 +45,7 @@ class Pool:
         self._results = context.Queue()
         self._processes = [
             context.Process(
-                target=_work, args=(rank, world, local_world or world, port, self._jobs[rank], self._results)
+                target=_work, args=(rank, world, local_world or world, port, device, self._jobs[rank], self._results)
             )
             for rank in range(world)
         ]
@@ -90,7 +90,7 @@ class Pool:
             process.join()
 
 
-def _work(rank: int, world: int, local_world: int, port: int, jobs: Any, results: Any) -> None:
+def _work(rank: int, world: int, local_world: int, port: int, device: str, jobs: Any, results: Any) -> None:
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -98,7 +98,7 @@ def _work(rank: int, world: int, local_world: int, port: int, jobs: Any, results
         "LOCAL_WORLD_SIZE": str(local_world),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        "DS_ACCELERATOR": "cpu",
+        "DS_ACCELERATOR": device,
     }
     import logging
 
@@ -111,7 +111,9 @@ def _work(rank: int, world: int, local_world: int, port: int, jobs: Any, results
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     torch.utils.deterministic.fill_uninitialized_memory = True  # NaN in torch.empty, while the next line holds
     torch.use_deterministic_algorithms(True, warn_only=True)
-    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+    deepspeed.init_distributed(dist_backend="nccl" if device == "cuda" else "gloo", verbose=False)
     while True:
         name, kwargs = jobs.get()
         module, _, function = name.partition(":")

@@ -36,7 +36,8 @@ def main(folder: Path, what: str, step: int = 3, at: int = 1) -> None:
     torch.set_num_threads(1)
     model = selftest.tiny_model("llama")
     timeout_s = WAITS_S.get(what, TIMEOUT_S)
-    config = selftest.ds_config(2, {"size": "auto", "ring_size": "auto", "ulysses_size": 1, "comm_timeout_s": timeout_s})
+    block = {"size": "auto", "ring_size": "auto", "ulysses_size": 1, "comm_timeout_s": timeout_s, "attention_kernel": "reference"}
+    config = selftest.ds_config(2, block)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     engine, *_ = ds_cp.initialize(model=model, optimizer=optimizer, config=config)
     watch = attach.handle_of(engine).watch

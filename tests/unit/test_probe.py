@@ -100,3 +100,8 @@ def test_both_kernels_of_auto_are_asked() -> None:
 def test_what_a_kernel_refuses_is_not_asked() -> None:
     refusing = broken(unsupported=lambda *_: "not here", forward=log2_lse)
     assert probe.wrong(refusing, PLAIN, torch.float32, CPU) is None
+
+
+def test_what_a_kernel_will_not_compute_is_known_before_training() -> None:
+    assert probe.refused(attention.load("torch_cpu"), PLAIN, torch.float32, CPU) is None
+    assert "no softcap; use reference" in str(probe.refused(attention.load("torch_cpu"), CAPPED, torch.float32, CPU))

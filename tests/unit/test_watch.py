@@ -46,6 +46,16 @@ def after(clock: list[float], seconds: float, rank: Watch) -> str | None:
     return rank.look()
 
 
+def test_a_rank_that_hangs_at_its_end_after_a_failure_is_ended(clock: list[float], ranks: list[Watch]) -> None:
+    ranks[0].failed("ValueError: nothing")
+    ranks[0].enter("forward")
+    clock[0] += 1000
+    assert ranks[0].look() == "ds_cp: rank 0 on host1 has not ended since, and is ended"
+    ranks[1].enter("forward")
+    clock[0] += 1000
+    assert "rank 1 on host1 waited in step 1, forward for others and ends: rank 0 on host1 stopped" in str(ranks[1].look())
+
+
 def test_nobody_ends_who_waits_for_nobody(clock: list[float], ranks: list[Watch]) -> None:
     ranks[0].failed("RuntimeError: broken")
     for phase in watches.OUTSIDE:
