@@ -126,6 +126,15 @@ def test_evaluation_with_replicas_and_an_uneven_last_batch(pool, tmp_path: Path)
     assert losses(got, "eval_rows") == [5], "five rows over two replicas, none twice"
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_the_trainer_goes_on_with_another_size_and_layout(pool, tmp_path: Path, stage: int) -> None:
+    whole = run(pool, 4, tmp_path, block=block(2, 2), stage=stage, save_strategy="steps", save_steps=2)
+    other = {"block": block(1, 2, layout="contiguous"), "gradient_accumulation_steps": 1}
+    resumed = run(pool, 4, tmp_path, stage=stage, resume=str(tmp_path / "checkpoint-2"), **other)
+    assert len(losses(whole)) == 4
+    assert_same_run(resumed, whole)
+
+
 ORDERS: dict[str, dict[str, Any]] = {
     "map": {"data": Rows(13), "dataloader_num_workers": 2},
     "stream": {"data": trainer_jobs.Stream(13), "dataloader_num_workers": 1},

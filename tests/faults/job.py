@@ -29,7 +29,7 @@ from tests.dist.jobs import rows
 STEPS = 8
 EVERY = 2
 TIMEOUT_S = 6
-WAITS_S = {"slow": 12, "patient": 120, "calm": 120}
+WAITS_S = {"slow": 8, "patient": 120, "calm": 120}
 
 
 def main(folder: Path, what: str, step: int = 3, at: int = 1) -> None:

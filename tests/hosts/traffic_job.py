@@ -17,7 +17,7 @@ from ds_cp import selftest
 from ds_cp.models import attach
 from tests.dist.jobs import rows
 
-LENGTHS = (1024, 4096)
+LENGTHS = (512, 2560)
 SENT = Path("/sys/class/net/eth0/statistics/tx_bytes")
 
 
