@@ -4,6 +4,7 @@
         --bf16 --gradient_checkpointing --output_dir runs/notes
     DS_ACCELERATOR=cpu deepspeed --num_accelerators 4 scripts/train.py --use_cpu --deepspeed ds_configs/hybrid.json \
         --model_type qwen3 --config_overrides hidden_size=64,num_hidden_layers=2 --max_steps 20
+    deepspeed scripts/train.py --deepspeed ds_configs/hybrid.json --model_type qwen3_vl --data shapes     # drawn pictures, captions
 
 All arguments of transformers.TrainingArguments hold; `--help` lists them after these. Without --deepspeed it is one plain
 transformers.Trainer run. The output folder gets metrics.jsonl, loss.png and, unless --save_strategy is no, the model.
@@ -17,16 +18,19 @@ from __future__ import annotations
 import difflib
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from train_data import DataArguments, PackedRows, byte_tokenizer, write_rows
+from train_images import ROWS, SHAPES, Shapes, collate, token_ids, tokenizer_for_images
 from train_plot import MetricsFile, differences, draw, read
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     HfArgumentParser,
     PretrainedConfig,
@@ -48,7 +52,10 @@ class ModelArguments:
     model: str | None = field(default=None, metadata={"help": "hub name or folder of a model to go on from"})
     config: str | None = field(default=None, metadata={"help": "config.json, or a folder with one: from scratch"})
     model_type: str | None = field(default=None, metadata={"help": "architecture, as qwen3 or llama: from scratch"})
-    config_overrides: str = field(default="", metadata={"help": "key=value,...: changes to the config of a model from scratch"})
+    config_overrides: str = field(
+        default="",
+        metadata={"help": "key=value,...: changes to the config of a model from scratch; text_config.key=value within it"},
+    )
     tokenizer: str | None = field(
         default=None, metadata={"help": "hub name or folder; default: the model's, or bytes from scratch"}
     )
@@ -81,15 +88,17 @@ def main() -> None:
         ds_cp.init_distributed()  # before TrainingArguments, for which accelerate would make torch's group alone
     model_args, data_args, args = parser.parse_args_into_dataclasses()
     set_seed(args.seed)
-    tokenizer = load_tokenizer(model_args)
-    train_rows, eval_rows = load_rows(data_args, args, tokenizer)
+    pictures = data_args.data == SHAPES
+    tokenizer = load_tokenizer(model_args, pictures)
+    config = load_config(model_args, tokenizer, pictures)
+    train_rows, eval_rows = load_rows(data_args, args, tokenizer, config)
     trainer = trainer_class(args)(
-        model=load_model(model_args, args, tokenizer),
+        model=load_model(model_args, args, config),
         args=args,
         train_dataset=train_rows,
         eval_dataset=eval_rows,
         processing_class=tokenizer,
-        data_collator=default_data_collator,
+        data_collator=collate if pictures else default_data_collator,
     )
     metrics = Path(args.output_dir) / "metrics.jsonl"
     rows_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
@@ -119,13 +128,19 @@ def trainer_class(args: TrainArguments) -> type[Trainer]:
     return Trainer if args.deepspeed is None else ds_cp.Trainer
 
 
-def load_tokenizer(model_args: ModelArguments) -> PreTrainedTokenizerBase:
+def load_tokenizer(model_args: ModelArguments, pictures: bool) -> PreTrainedTokenizerBase:
     name = model_args.tokenizer or model_args.model
-    return byte_tokenizer() if name is None else AutoTokenizer.from_pretrained(name)
+    if name is not None:
+        return AutoTokenizer.from_pretrained(name)
+    return tokenizer_for_images() if pictures else byte_tokenizer()
 
 
-def load_rows(data_args: DataArguments, args: TrainArguments, tokenizer: PreTrainedTokenizerBase) -> tuple[Any, Any]:
-    """Packs the text once a host; every rank maps the result."""
+def load_rows(
+    data_args: DataArguments, args: TrainArguments, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig
+) -> tuple[Any, Any]:
+    """Packs the text once a host, and every rank maps the result; pictures are drawn where they are asked for."""
+    if data_args.data == SHAPES:
+        return Shapes(config, tokenizer, data_args.seq_length, data_args.max_rows or ROWS).split(data_args.eval_rows)
     path = Path(args.output_dir) / "rows.bin"
     with args.main_process_first(desc="packing"):
         if args.local_process_index == 0:
@@ -133,32 +148,45 @@ def load_rows(data_args: DataArguments, args: TrainArguments, tokenizer: PreTrai
     return PackedRows(path, data_args.seq_length).split(data_args.eval_rows)
 
 
-def load_model(model_args: ModelArguments, args: TrainArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def load_model(model_args: ModelArguments, args: TrainArguments, config: PretrainedConfig) -> PreTrainedModel:
     """The model, in fp32 unless DeepSpeed keeps fp32 master weights of a bf16 model."""
     dtype = torch.bfloat16 if args.bf16 and args.deepspeed is not None else torch.float32
+    kind = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
     if model_args.model is not None:
-        return AutoModelForCausalLM.from_pretrained(model_args.model, dtype=dtype)
-    return AutoModelForCausalLM.from_config(load_config(model_args, tokenizer), dtype=dtype)
+        return kind.from_pretrained(model_args.model, dtype=dtype)
+    return kind.from_config(config, dtype=dtype)
 
 
-def load_config(model_args: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
-    """The architecture of a model from scratch: the tokenizer's vocabulary and special tokens, then --config_overrides."""
-
-    def load(**changes: Any) -> PretrainedConfig:
-        if model_args.config is not None:
-            return AutoConfig.from_pretrained(model_args.config, **changes)
-        return AutoConfig.for_model(model_args.model_type, **changes)
-
-    known = load().to_dict()
-    changes: dict[str, Any] = {"vocab_size": len(tokenizer)}
-    changes |= {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
+def load_config(model_args: ModelArguments, tokenizer: PreTrainedTokenizerBase, pictures: bool = False) -> PretrainedConfig:
+    """The model's, or one from scratch: the tokenizer's vocabulary and special tokens, then --config_overrides."""
+    if model_args.model is not None:
+        return AutoConfig.from_pretrained(model_args.model)
+    load = AutoConfig.for_model if model_args.config is None else AutoConfig.from_pretrained
+    source = model_args.config or model_args.model_type
+    known = load(source).to_dict()
+    inner = "text_config." if isinstance(known.get("text_config"), dict) else ""
+    changes: dict[str, Any] = {f"{inner}vocab_size": len(tokenizer)}
+    changes |= {f"{inner}{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
+    changes |= token_ids(tokenizer) if pictures else {}
     for item in filter(None, model_args.config_overrides.split(",")):
         key, _, value = item.partition("=")
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+        if key not in (names := list(dotted(known))):
+            near = difflib.get_close_matches(key, names, n=1, cutoff=0.0)[0]
             raise ValueError(f"--config_overrides {key}: not in this config; did you mean {near!r}?")
         changes[key] = parse_value(value)
-    return load(**changes)
+    parts = {name: dict(known[name]) for name in (key.rpartition(".")[0] for key in changes) if name}
+    for key, value in changes.items():
+        part, _, name = key.rpartition(".")
+        (parts[part] if part else parts)[name] = value
+    return load(source, **parts)
+
+
+def dotted(known: dict[str, Any]) -> Iterator[str]:
+    """The keys of a config, those of a config within it as `text_config.hidden_size`."""
+    for key, value in known.items():
+        yield key
+        if isinstance(value, dict) and key.endswith("_config"):
+            yield from (f"{key}.{name}" for name in value)
 
 
 def parse_value(text: str) -> Any:

@@ -38,7 +38,7 @@ class DataArguments:
         default="stdlib",
         metadata={
             "help": "a .txt, .md or .jsonl file, a folder of such, a folder that `datasets` saved, a hub name of a dataset, or "
-            "stdlib: the source text of Python's standard library"
+            "stdlib: the source text of Python's standard library, or shapes: drawn pictures with captions"
         },
     )
     data_config: str | None = field(default=None, metadata={"help": "configuration of a hub dataset"})
