@@ -26,7 +26,7 @@ KERNELS = ("flash-attn-4", "flash-attn", "nvidia-cutlass-dsl", "flash-linear-att
 OWN = ("tensorboard", "wandb", "csv_monitor", "comet", "flops_profiler", "steps_per_print", "wall_clock_breakdown", "dump_state")
 """Top-level keys of a ds_config that only say what a rank reports."""
 PLACES = ("path", "dir", "file", "folder")
-"""A key that ends so names a place on one host."""
+"""A key whose last word is one of these names a place on one host."""
 SHOWN, LONGEST = 4, 60
 CONFIG = "Give every host the same ds_config and the same arguments"
 INSTALL = "Install the same packages on every host"
@@ -91,7 +91,7 @@ def of_config(ds_config: Mapping[str, Any], name: str = "ds_config") -> dict[str
 def _flat(value: Any, name: str) -> Iterable[tuple[str, str]]:
     if isinstance(value, Mapping) and value:
         for key, inner in value.items():
-            if not str(key).endswith(PLACES):
+            if str(key).rpartition("_")[2] not in PLACES:
                 yield from _flat(inner, f"{name}.{key}")
     else:
         yield name, repr(value)

@@ -107,7 +107,7 @@ def prepare(model: nn.Module, block: Config, ds_config: Mapping[str, Any]) -> tu
     found = {"sizes": degrees, "activations": dtype, "attention_kernel": choice.identity(methods.attention), "delta_kernel": delta}
     found |= {"ring_impl": (methods.ring_impl, methods.gathered_tokens), "attention_head_chunks": methods.head_chunks}
     agreement.agree(found, "Give all hosts the same packages and GPUs, or name a kernel that all have")
-    preflight.refuse_together(_wrong_kernel(methods, inner, degrees, dtype))
+    preflight.refuse_together(preflight.together(lambda: _wrong_kernel(methods, inner, degrees, dtype)))
     mesh_ = mesh.build(degrees, block.comm_timeout_s)
     if dist.get_rank() == 0:
         print_table(block, mesh_, methods, inner)

@@ -53,7 +53,7 @@ def read(source: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[dict[str, 
     try:
         ds_config = config.load(source)
         block = config.parse(ds_config)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         reason = str(error)
     init_distributed(None if block is None or block.size == 1 else block.comm_timeout_s)
     preflight.refuse_together(reason)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,6 +12,9 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 T = TypeVar("T")
+
+SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+"""Where launchers say how many ranks there are: torch's and DeepSpeed's, Open MPI, MPICH and Intel MPI, MVAPICH."""
 
 STALE_AFTER_S = 120.0
 """A build writes files more often than this; a folder that has been quiet for longer has no builder on any host."""
@@ -41,7 +45,8 @@ def check_extension_locks(root: Path | None = None) -> None:
 
 def launched() -> int:
     """Ranks that the launcher started, by its environment variables."""
-    return int(os.environ.get("WORLD_SIZE", os.environ.get("OMPI_COMM_WORLD_SIZE", 1)))
+    names = [*SIZES, *(["SLURM_STEP_NUM_TASKS"] if "PMIX_RANK" in os.environ else [])]
+    return next((int(os.environ[name]) for name in names if name in os.environ), 1)
 
 
 def check_world_size() -> None:
@@ -71,15 +76,18 @@ def refuse_together(reason: str | None) -> None:
 
 
 def together(work: Callable[[], T]) -> T:
-    """What `work` returns; where it refuses on one rank, all ranks refuse. It must not communicate.
+    """What `work` returns; where it refuses or fails on one rank, all ranks end. It must not communicate.
 
     Raises:
-        ValueError: of `work`, on every rank.
+        ValueError: on every rank: that of `work`, or the name and message of another error, whose traceback its rank prints.
     """
     try:
         done, reason = work(), None
     except ValueError as error:
         done, reason = None, str(error)
+    except Exception as error:  # of a kernel's compiler, a full disk or memory: the others would wait for this rank
+        traceback.print_exc()
+        done, reason = None, f"{type(error).__name__}: {error}"
     refuse_together(reason)
     return done
 

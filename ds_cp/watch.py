@@ -87,6 +87,7 @@ class Watch:
     def failed(self, reason: str) -> str:
         """Tells all ranks and returns the line; what others know about who is there comes after it, if it can be had."""
         line = f"ds_cp: {self.name(self.rank)} stopped in {self.place()}: {reason}"
+        self._since = time.monotonic()  # from now on it has its time to end
         self._reached = _within(2 * BEAT_S, lambda: self._store.compare_set("failed", "", line))
         return line
 

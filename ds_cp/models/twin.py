@@ -135,7 +135,7 @@ def twin(model: type[PreTrainedModel], config: PretrainedConfig, seed: int = 0) 
     small = twin_config(config)
     small._attn_implementation = "eager"
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the user's GPUs too
         built = model(small).float()
         for module in built.modules():
             if isinstance(module, nn.Dropout):

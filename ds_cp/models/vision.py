@@ -79,10 +79,15 @@ class Door:
             return None
         taken = {key: value for key in KEYS if (value := given.pop(key, None)) is not None}
         kinds = tuple(kind for kind, pixels in PIXELS.items() if pixels in taken)
-        self._refuse(given, taken, kinds)
-        if kinds and given.get("position_ids") is None:
-            given["position_ids"] = self._positions(given, taken)
-        return self._encode(kinds, taken, device) if self._any_replica(bool(kinds), device) else None
+        reason = None
+        try:
+            self._refuse(given, taken, kinds)
+            if kinds and given.get("position_ids") is None:
+                given["position_ids"] = self._positions(given, taken)
+        except ValueError as error:
+            reason = error
+        encodes = self._any_replica(bool(kinds), reason, device)
+        return self._encode(kinds, taken, device) if encodes else None
 
     def end(self, encoded: Encoded | None, ids_BS: Tensor | None, context: SequenceContext) -> dict[str, Any]:
         """Keywords for the model; every rank of the row must call it."""
@@ -103,11 +108,12 @@ class Door:
             raise ValueError("batch: mm_encoder_outputs of a whole row cannot be sharded; pass the pixels, ds_cp shares them out")
         if kinds and given.get("input_ids") is None:
             raise ValueError("batch: give input_ids with images: they say which tokens are of an image")
-        for kind in kinds:
-            grid = taken.get(f"{kind}_grid_thw")
-            if grid is None:
+        for kind in PIXELS:
+            grid, ids_BS = taken.get(f"{kind}_grid_thw"), given.get("input_ids")
+            if kind in kinds and grid is None:
                 raise ValueError(f"batch: {PIXELS[kind]} without {kind}_grid_thw; give what the processor returned")
-            tokens, features = int(self._is_of(kind, given["input_ids"]).sum()), sum(self._features_of(grid))
+            tokens = 0 if ids_BS is None else int(self._is_of(kind, ids_BS).sum())
+            features = sum(self._features_of(grid)) if kind in kinds else 0
             if tokens != features:
                 raise ValueError(f"batch: input_ids hold {tokens} {kind} tokens, {PIXELS[kind]} make {features}; truncate no image")
         if kinds and given.get("position_ids") is None and "mm_token_type_ids" not in taken:
@@ -137,10 +143,15 @@ class Door:
         positions_3DL, _ = index(ids_DL, mm_token_type_ids=types_DL, attention_mask=mask_DL, **keywords)
         return positions_3DL[:, mask_DL.bool()].unflatten(1, ids_BS.shape)
 
-    def _any_replica(self, here: bool, device: torch.device) -> bool:
-        if self._mesh.data.size == 1:
-            return here
-        return bool(comm.all_sum(torch.tensor(float(here), device=device), self._mesh.data.group))
+    def _any_replica(self, here: bool, reason: ValueError | None, device: torch.device) -> bool:
+        """Whether any replica has images; raises on all of them where one of them has a reason."""
+        flags = torch.tensor([float(here), float(reason is not None)], device=device)
+        images, refused = comm.all_sum(flags, self._mesh.data.group).tolist() if self._mesh.data.size > 1 else flags.tolist()
+        if reason is not None:
+            raise reason
+        if refused:
+            raise ValueError("batch: images of another replica's row were refused; its ranks say why")
+        return bool(images)
 
     def _encode(self, kinds: tuple[str, ...], taken: dict[str, Any], device: torch.device) -> Encoded:
         """One run of the tower, of images and videos together: under reentrant checkpointing DeepSpeed takes no second one."""

@@ -358,6 +358,11 @@ def different_rows_later(block: dict[str, Any], passes: int) -> None:
     engine(**batch)
 
 
+def fails_together() -> None:
+    """An error that is no refusal, on rank 1, where ranks would meet next."""
+    preflight.together(lambda: 1 / (1 - torch.distributed.get_rank()))
+
+
 def bad_batch(block: dict[str, Any], key: str) -> None:
     engine, _ = started(block)
     batch = rows(1, 20)[0]

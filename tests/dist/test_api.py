@@ -190,3 +190,11 @@ def refused(workers: Any, function: Any, **kwargs: Any) -> str:
     assert all(error is not None and error[0] == "ValueError" for error in errors), caught.value
     assert len({error[1] for error in errors}) == 1
     return errors[0][1]
+
+
+def test_an_error_of_one_rank_before_ranks_meet_ends_all(pool) -> None:
+    with pytest.raises(WorkerError) as caught:
+        pool(2).run(jobs.fails_together)
+    assert [error and error[:2] for error in caught.value.errors] == [
+        ("ValueError", "ZeroDivisionError: division by zero (rank 1)")
+    ] * 2

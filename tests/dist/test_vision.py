@@ -8,6 +8,7 @@ import pytest
 
 from tests.dist import jobs, pictures
 from tests.dist.pictures import row, text
+from tests.dist.pool import WorkerError
 from tests.dist.test_moe import BALANCED, MESHES, SPLIT
 from tests.dist.test_parity import assert_parity, block
 
@@ -71,3 +72,14 @@ def test_a_part_that_is_frozen(pool, frozen: str) -> None:
 def test_checkpointing(pool, offload: bool) -> None:
     run = {"model_type": "qwen3_vl", "block": block(1, 2, activation_offload=offload), "batches": [mixed("qwen3_vl")]}
     assert_parity(pool(2).run(jobs.parity, stage=3, zero=SPLIT, checkpointing=not offload, **run))
+
+
+def test_image_tokens_without_pixels_in_one_replica_end_all(pool) -> None:
+    """Else their placeholders' embeddings would be trained, and the other replica would wait in the tower."""
+    bare = {key: value for key, value in row([9, (1, 2)]).items() if key not in ("pixel_values", "image_grid_thw")}
+    run = {"model_type": "qwen3_vl", "block": block(1, 2), "replicas": 2, "batches": [row([5, (2, 2), 7]), bare]}
+    with pytest.raises(WorkerError) as caught:
+        pool(4).run(jobs.parity, stage=2, reduction="token_mean", **run)
+    messages = [error[1] if error else "" for error in caught.value.errors]
+    assert all("images of another replica's row were refused" in text for text in messages[:2]), messages
+    assert all("hold 2 image tokens, pixel_values make 0" in text for text in messages[2:]), messages

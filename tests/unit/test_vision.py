@@ -60,6 +60,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no types": ({"mm_token_type_ids": None}, "images without mm_token_type_ids"),
     "features of another run": ({"mm_encoder_outputs": {}}, "mm_encoder_outputs of a whole row cannot be sharded"),
     "an image cut off": ({"pixel_values": torch.zeros(4, 96), "image_grid_thw": torch.tensor([[1, 2, 2]])}, "hold 4 image tokens"),
+    "no pixels": ({"pixel_values": None, "image_grid_thw": None}, "hold 4 image tokens, pixel_values make 0"),
     "embeddings": ({"input_ids": None, "inputs_embeds": torch.zeros(1, 18, 64)}, "give input_ids with images"),
 }
 
