@@ -3,7 +3,7 @@
     python -m tests.faults.job FOLDER WHAT [STEP [RANK]]
 
 WHAT goes wrong on RANK in STEP (from 0): kill-forward, kill-backward, kill-save, stall, stop, nan, full-disk; or nothing. Of "slow"
-and "patient" every step takes half a second more, so that something can be done to it from outside; "patient" and "calm" wait
+and "patient" every step takes a second more, so that something can be done to it from outside; "patient" and "calm" wait
 longer for others.
 """
 
@@ -47,7 +47,7 @@ def main(folder: Path, what: str, step: int = 3, at: int = 1) -> None:
     while engine.global_steps < STEPS:
         here = engine.global_steps == step and dist.get_rank() == at
         wrong = arm(engine.module, what, data[engine.global_steps]) if here else None
-        time.sleep(0.5 if what in ("slow", "patient") else 0)
+        time.sleep(1.0 if what in ("slow", "patient") else 0)
         loss = engine(**data[engine.global_steps]).loss
         engine.backward(loss)
         engine.step()

@@ -127,6 +127,7 @@ def test_a_host_that_is_cut_off_is_named_on_both_sides_and_the_last_checkpoint_g
     job = Job(hosts, tmp_path, "tests.faults.job", tmp_path / "run", "slow")
     job.wait_for("loss 4")
     hosts("cut", "host2")
+    assert len(job.losses()) < STEPS, "it was done before the cut"
     start = time.monotonic()
     try:
         for rank in (0, 1):
@@ -153,6 +154,7 @@ def test_a_host_that_is_cut_off_for_five_seconds_goes_on(hosts: Hosts, whole: di
     job.wait_for("loss 3")
     hosts("cut", "host2")
     time.sleep(5)
+    assert len(job.losses()) < STEPS, "it was done before the cut"
     hosts("mend", "host2")
     assert job.codes() == [0, 0], job.says(0)[-4000:]
     assert job.losses() == whole
