@@ -55,7 +55,7 @@ def worker(folder: Path, steps: int) -> None:
         _, state = engine.load_checkpoint(str(folder))
         loader.load_state_dict(state["loader"])
     rank = torch.distributed.get_rank()
-    out = open(folder / f"rank{rank}.jsonl", "a")  # noqa: SIM115
+    out = open(folder / f"rank{rank}.jsonl", "a")  # noqa: SIM115  (open until the process is killed)
     losses, rows = [], []
     while engine.global_steps < steps:
         for batch in loader:
