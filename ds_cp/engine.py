@@ -201,6 +201,7 @@ def methods_of(block: Config, model: nn.Module, degrees: topology.Topology, dtyp
         delta=_delta_kernel(block, shapes, dtype, passing) if shapes else None,
         linear=linear,
         windows=checks.windows(model),
+        halo=checks.halo(model),
         head_chunks=topology.resolve_head_chunks(
             block.attention_head_chunks, degrees, checks.heads(model), passing, least_memory=block.activation_offload
         ),

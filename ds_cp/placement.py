@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from ds_cp import comm
+from ds_cp import comm, convolution
 from ds_cp import layout as layouts
 from ds_cp.kernels import delta as deltas
 from ds_cp.layout import Layout, Route
@@ -46,6 +46,8 @@ class Methods:
     """Of every attention layer: how many keys a query attends, its own included; None for all before it."""
     head_chunks: int = 1
     """Groups of a rank's query heads that go through the all-to-all one after another."""
+    halo: int = 0
+    """Tokens before its own that a token sees in the model's short convolutions."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,8 @@ class Held:
     """Over the ranks that share the heads of a Gated DeltaNet layer; None for one rank or a model without such layers."""
     span: deltas.Span | None
     """What such a layer's kernel works on."""
+    halo: convolution.Halo | None = None
+    """Of short convolutions; None for a model without."""
 
 
 def place(plan: Layout, methods: Methods, mesh: Mesh, documents: tuple[int, ...], device: torch.device) -> Held:
@@ -74,8 +78,11 @@ def place(plan: Layout, methods: Methods, mesh: Mesh, documents: tuple[int, ...]
     if held != plan:
         worked = [plan.ring_ranges(r) for r in range(ring.size) for _ in range(ulysses.size)]
         to_attention = layouts.route(layouts.shards(held), worked, mesh.seq.rank)
+    halo = None
+    if methods.halo:
+        halo = convolution.plan(layouts.shards(held), documents, methods.halo, mesh.seq.rank, mesh.seq.group, device)
     if methods.delta is None:
-        return Held(layout=held, to_attention=to_attention, to_delta=None, span=None)
+        return Held(layout=held, to_attention=to_attention, to_delta=None, span=None, halo=halo)
     if not pieces:
         row = [((0, plan.length),)] * mesh.seq.size
         span = deltas.Span(documents)
@@ -86,7 +93,7 @@ def place(plan: Layout, methods: Methods, mesh: Mesh, documents: tuple[int, ...]
         to_delta = layouts.route(group, [held.ring_ranges(ring.rank)] * ulysses.size, ulysses.rank) if ulysses.size > 1 else None
     if device.type != "cpu":
         span = replace(span, cu_seqlens=bounds_on(device, span.documents, torch.int64))
-    return Held(layout=held, to_attention=to_attention, to_delta=to_delta, span=span)
+    return Held(layout=held, to_attention=to_attention, to_delta=to_delta, span=span, halo=halo)
 
 
 def bounds_on(device: torch.device, documents: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -32,7 +32,7 @@ class Family(Protocol):
     attention): what it gives for a packed row is no reference, what it gives for each document is."""
 
     HANDLES: frozenset[str]
-    """What its models may have although not every model may: "recurrent" layers, mixtures of "experts"."""
+    """What its models may have although not every model may: mixtures of "experts", kinds of layers by their name in a config."""
 
     @staticmethod
     def mixers(model: nn.Module) -> dict[str, nn.Module]:
@@ -41,6 +41,14 @@ class Family(Protocol):
     @staticmethod
     def attach(module: nn.Module) -> Callable[[], None]:
         """Replaces what one mixer computes, and returns what undoes it."""
+
+    @staticmethod
+    def halo(module: nn.Module) -> int:
+        """Tokens before its own that a token needs in one mixer's short convolutions, where `attach` runs them on local tokens."""
+
+    @staticmethod
+    def mixing(config: PretrainedConfig) -> int:
+        """How many attention layers and mixers a model of this config has."""
 
     @staticmethod
     def refuse(config: PretrainedConfig) -> str | None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
+from transformers import PretrainedConfig
 
 TINY: Mapping[str, Any] = {
     "vocab_size": 96,
@@ -33,3 +34,11 @@ def mixers(model: nn.Module) -> dict[str, nn.Module]:
 
 def attach(module: nn.Module) -> Callable[[], None]:
     raise AssertionError("a model of attention layers has no mixers")
+
+
+def halo(module: nn.Module) -> int:
+    return 0
+
+
+def mixing(config: PretrainedConfig) -> int:
+    return getattr(config, "decoder_layers", config.num_hidden_layers)

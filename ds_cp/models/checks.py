@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ds_cp.kernels.delta import Shapes
-from ds_cp.models import family_of, vision
+from ds_cp.models import attention_only, family_of, vision
 
 RECURRENT = ("deltanet", "deltaattention", "mamba", "recurrent", "rwkv", "shortconv", "linearattention", "lightningattention")
 LAYER_TYPES = ("full_attention", "sliding_attention")
@@ -64,7 +64,8 @@ def window_of(module: nn.Module, config: PretrainedConfig) -> int | None:
 def linear_shapes(model: PreTrainedModel) -> list[Shapes]:
     """Of every Gated DeltaNet layer, with all its heads."""
     family = family_of(model.config)
-    return [_shapes(module) for module in (family.mixers(model) if family else {}).values()]
+    mixers = (family.mixers(model) if family else {}).values()
+    return [_shapes(module) for module in mixers if hasattr(module, "head_v_dim")]
 
 
 def _shapes(module: nn.Module) -> Shapes:
@@ -76,6 +77,12 @@ def _shapes(module: nn.Module) -> Shapes:
         conv_width=module.conv_kernel_size,
         activation=module.activation,
     )
+
+
+def halo(model: PreTrainedModel) -> int:
+    """Tokens before its own that a token sees in the model's short convolutions; 0 for a model without."""
+    family = family_of(model.config)
+    return max((family.halo(module) for module in family.mixers(model).values()), default=0) if family else 0
 
 
 def heads(model: PreTrainedModel) -> list[tuple[int, int]]:
@@ -182,7 +189,7 @@ def _of_layers(model: PreTrainedModel, config: PretrainedConfig) -> Iterator[str
                 f"layer {index} is {kind}: transformers cuts its chunks by columns of the row, through documents, and numbers "
                 "positions for its attention temperature from the start of every shard"
             )
-        if kind not in LAYER_TYPES and not (kind == "linear_attention" and "recurrent" in handled):
+        if kind not in LAYER_TYPES and kind not in handled:
             yield f"layer {index} is {kind}: only {' and '.join(LAYER_TYPES)} layers are in this version"
     for key in ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"):
         if getattr(config, key, None) and family is not None and "experts" not in handled:
@@ -232,7 +239,7 @@ def _rope_types(config: PretrainedConfig) -> list[str]:
 
 def _of_interface(model: PreTrainedModel, config: PretrainedConfig) -> Iterator[str]:
     found = token_mixers(model)
-    layers = getattr(config, "decoder_layers", config.num_hidden_layers)
+    layers = (family_of(model.config) or attention_only).mixing(config)
     if len(found) != layers:
         yield (
             f"{len(found)} modules mix tokens through transformers' attention interface or in a way that ds_cp knows, in "

@@ -9,14 +9,14 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
-from ds_cp.models.attention_only import TINY
+from ds_cp.models.attention_only import TINY, halo, mixing
 from ds_cp.models.gated_delta import TINY_EXPERTS, TINY_HYBRID, attach, mixers, settle
 
-__all__ = ["APART", "HANDLES", "MODEL_TYPES", "attach", "mixers", "refuse", "settle", "tiny"]
+__all__ = ["APART", "HANDLES", "MODEL_TYPES", "attach", "halo", "mixers", "mixing", "refuse", "settle", "tiny"]
 
 MODEL_TYPES = frozenset({"qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"})
 APART = frozenset({"qwen3_5", "qwen3_5_moe"})
-HANDLES = frozenset({"vision", "experts", "recurrent"})
+HANDLES = frozenset({"vision", "experts", "linear_attention"})
 
 _TOKENS: dict[str, int] = {"image_token_id": 91, "video_token_id": 92, "vision_start_token_id": 93, "vision_end_token_id": 94}
 _VISION: dict[str, Any] = {

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from ds_cp.batch import SequenceContext
 from ds_cp.delta import Layer, mix
 from ds_cp.models.attention_only import TINY
+from ds_cp.models.mixer import begin, parameters, replace
 
 Projected = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 """q [1, T, K, H], k [1, T, K, H], v [1, T, V, G], the norm's gate [1, T, V * G], b [1, T, V], a [1, T, V]."""
@@ -28,13 +28,7 @@ def mixers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def attach(module: nn.Module) -> Callable[[], None]:
-    module.forward = partial(_forward, module)
-    module.conv1d.forward = partial(_parameters, module.conv1d)
-
-    def undo() -> None:
-        del module.forward, module.conv1d.forward
-
-    return undo
+    return replace([(module, _forward), (module.conv1d, parameters)])
 
 
 def _forward(
@@ -46,24 +40,18 @@ def _forward(
     **_: Any,
 ) -> Tensor:
     """[1, T, hidden] to the same, of this rank's tokens."""
-    name = type(module).__name__
-    if cp is None:
-        raise ValueError(f"model: {name} was called without ds_cp's context; it cannot be trained under sequence parallelism")
-    if cache_params is not None or attention_mask is not None:
-        raise ValueError(f"model: {name} was given a cache or a mask, which shards do not have")
-    if cp.census is not None:
-        cp.census.calls[id(module)] += 1
-    q, k, v, gate, b, a = _PROJECTIONS[name](module, hidden_states)
+    context = begin(module, cp, cache_params, attention_mask)
+    q, k, v, gate, b, a = _PROJECTIONS[type(module).__name__](module, hidden_states)
     weight, bias = module.conv1d(hidden_states)
     layer = Layer(
-        conv_CW=weight,
+        conv_CW=weight.squeeze(1),
         conv_bias_C=bias,
         activation=module.activation,
         a_log_V=module.A_log,
         dt_bias_V=module.dt_bias,
         beta_scale=2.0 if getattr(module, "allow_neg_eigval", False) else 1.0,
     )
-    out = mix(*(x.squeeze(0) for x in (q, k, v, b, a)), layer, cp)
+    out = mix(*(x.squeeze(0) for x in (q, k, v, b, a)), layer, context)
     project = module.o_proj if hasattr(module, "o_proj") else module.out_proj
     out = _norm(module)(out.reshape(-1, out.shape[-1]), gate.reshape(-1, out.shape[-1]))
     return project(out.reshape(*hidden_states.shape[:2], -1))
@@ -71,11 +59,6 @@ def _forward(
 
 def _norm(module: nn.Module) -> nn.Module:
     return module.o_norm if hasattr(module, "o_norm") else module.norm
-
-
-def _parameters(conv: nn.Conv1d, _: Tensor) -> tuple[Tensor, Tensor | None]:
-    """(weight [C, W], bias [C]) as copies, because ZeRO-3 takes the parameter apart after the call."""
-    return conv.weight.squeeze(1).clone(), None if conv.bias is None else conv.bias.clone()
 
 
 def _qwen3_5(module: nn.Module, x: Tensor) -> Projected:

@@ -54,7 +54,8 @@ IMPORTS = _table(
         "kernels.probe": "tiles kernels.attention",
         "kernels.choice": "tiles kernels.attention kernels.sums",
         "reshard": "layout comm",
-        "placement": "layout mesh comm kernels.delta",
+        "convolution": "layout comm",
+        "placement": "layout mesh comm convolution kernels.delta",
         "batch": "layout tiles mesh",
         "packing": "batch",
         "ring": "tiles comm batch lanes",
@@ -97,7 +98,7 @@ BEYOND = _table(
         "loss": "batch tiled_head",  # SequenceContext and IGNORE; what a token's loss is made of
         # same-row check; shapes of recurrent layers; tiles; Score; the balance loss; the one rank of a trial
         "models": "watch late comm mesh topology kernels.delta kernels.attention tiled_head token_values tiled_module offload "
-        "router_loss",
+        "router_loss convolution",
         # the public function; who is there; the process group; what ranks must have alike
         "engine": "token_values watch launch agreement",
         "launch": "config agreement",  # a config that one rank cannot read, or reads otherwise, ends all of them

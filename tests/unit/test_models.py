@@ -23,7 +23,17 @@ from ds_cp.kernels import attention as kernels
 from ds_cp.kernels import delta as deltas
 from ds_cp.loss import CausalLMLoss
 from ds_cp.mesh import AxisGroup, Mesh
-from ds_cp.models import attach, checks, families, family_dense, family_gated_delta, gated_delta, model_types, trial
+from ds_cp.models import (
+    attach,
+    checks,
+    families,
+    family_dense,
+    family_gated_delta,
+    family_short_conv,
+    gated_delta,
+    model_types,
+    trial,
+)
 
 SMALL = {
     "vocab_size": 64,
@@ -166,7 +176,9 @@ def alone() -> Mesh:
 
 def attached(model: PreTrainedModel, kernel: str = "torch_cpu", **settings: Any) -> attach.Handle:
     delta = deltas.load("reference") if checks.linear_shapes(model) else None
-    methods = Methods(attention=kernels.load(kernel), layout="zigzag", delta=delta, windows=checks.windows(model))
+    methods = Methods(
+        attention=kernels.load(kernel), layout="zigzag", delta=delta, windows=checks.windows(model), halo=checks.halo(model)
+    )
     handle = attach.Handle(model, alone(), methods, CausalLMLoss("mean", divisor=lambda: 1), **settings)
     handle.apply()
     return handle
@@ -198,16 +210,21 @@ def test_an_attached_model_saves_a_config_without_our_implementation(tmp_path: A
     assert attach.IMPLEMENTATION not in (tmp_path / "config.json").read_text()
 
 
-@pytest.mark.parametrize("model_type", sorted(family_gated_delta.MODEL_TYPES))
+SOURCES = gated_delta.SOURCES | family_short_conv.SOURCES
+RESTATED = sorted(family_gated_delta.MODEL_TYPES | family_short_conv.MODEL_TYPES)
+
+
+@pytest.mark.parametrize("model_type", RESTATED)
 def test_forwards_that_are_restated_are_those_that_were_read(model_type: str) -> None:
-    for module in gated_delta.mixers(selftest.tiny_model(model_type)).values():
-        source = inspect.getsource(inspect.unwrap(type(module).forward))
+    seen = {type(module) for module in selftest.tiny_model(model_type).modules() if type(module).__name__ in SOURCES}
+    assert seen
+    for kind in seen:
+        source = inspect.getsource(inspect.unwrap(kind.forward))
         found = hashlib.sha256(source.encode()).hexdigest()[:16]
-        name = type(module).__name__
-        assert found in gated_delta.SOURCES[name], f"{name} has changed: re-read this forward, then note {found}"
+        assert found in SOURCES[kind.__name__], f"{kind.__name__} has changed: re-read this forward, then note {found}"
 
 
-@pytest.mark.parametrize("model_type", sorted(family_gated_delta.MODEL_TYPES))
+@pytest.mark.parametrize("model_type", RESTATED)
 def test_one_rank_of_a_hybrid_computes_what_hf_does_and_gives_the_model_back(model_type: str) -> None:
     model = selftest.tiny_model(model_type)
     batch = {"input_ids": torch.arange(3, 70).unsqueeze(0), "labels": torch.arange(3, 70).unsqueeze(0)}
@@ -219,7 +236,7 @@ def test_one_rank_of_a_hybrid_computes_what_hf_does_and_gives_the_model_back(mod
     torch.testing.assert_close(sharded.logits, before.logits, rtol=1e-4, atol=1e-5)
     handle.remove()
     assert torch.equal(model(**batch).logits, before.logits)
-    assert not any("forward" in module.__dict__ for module in model.modules())
+    assert not any("forward" in module.__dict__ or module._forward_pre_hooks for module in model.modules())
 
 
 def test_a_recurrent_layer_called_past_the_hooks_is_stopped() -> None:
