@@ -1,8 +1,10 @@
 """The shell: `ds-cp check` says what a config becomes for a model and a number of ranks, or why it is refused; `ds-cp explain`
-shows a row under a layout; both start nothing. `ds-cp selftest` runs on the ranks of a job."""
+shows a row under a layout; `ds-cp plan` chooses sizes for a model and GPUs. None of these starts anything. `ds-cp selftest` runs on
+the ranks of a job."""
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -66,6 +68,57 @@ def explain(
             explaining.draw(found, png)
     except ValueError as error:
         _refuse(error)
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="A model's name, its folder, or a config.json; its weights are not read.")],
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs of the job.")],
+    length: Annotated[int, typer.Option(min=0, help="Tokens of a row of one document.")] = 0,
+    docs: Annotated[Path | None, typer.Option(help="Instead: a file with the lengths of a row's documents.")] = None,
+    gpus_per_host: Annotated[int, typer.Option(min=0, help="0: 8, or all where there are fewer.")] = 0,
+    gpu: Annotated[str, typer.Option(help="h100 or h200: its speeds, and its memory.")] = "h100",
+    gpu_memory: Annotated[float, typer.Option(min=0, help="GiB of a GPU; 0: what the named one has.")] = 0,
+    inside: Annotated[
+        str, typer.Option(help="Link inside a host: nvlink, pcie-5, pcie-4, or GB/s of a GPU in one direction.")
+    ] = "nvlink",
+    between: Annotated[
+        str,
+        typer.Option(help="Between hosts: infiniband-400g, infiniband-200g, ethernet-400g, ethernet-100g, ethernet-25g, or GB/s."),
+    ] = "infiniband-400g",
+    host_memory: Annotated[float, typer.Option(min=0, help="GiB of a host, for what is offloaded.")] = 1800,
+    rows: Annotated[int, typer.Option(min=1, help="Rows of the table.")] = 8,
+    choose: Annotated[int, typer.Option(min=1, help="The row that --write takes.")] = 1,
+    write: Annotated[Path | None, typer.Option(help="Where to write a ds_config.json of that row.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="All rows as JSON instead of the table.")] = False,
+) -> None:
+    """Which sizes, ZeRO stage and savings to train a model with: memory, traffic and time of each, predicted, the fastest first.
+
+    Exit code 1 and one sentence if nothing fits.
+    """
+    from ds_cp.planner import machine, read, render, search, times
+
+    try:
+        if (docs is None) == (length == 0):
+            raise ValueError("plan: give either --length or --docs")
+        where = machine.build(gpus, gpus_per_host, gpu, gpu_memory, inside, between, host_memory)
+        documents = (0, length) if docs is None else times.boundaries(explaining.read_lengths(docs))
+        found = search.plan(read.read(model), where, documents)
+        if found.advice:
+            raise ValueError(found.advice)
+        if choose > len(found.rows):
+            raise ValueError(f"--choose {choose}: there are {len(found.rows)} rows")
+    except ValueError as error:
+        _refuse(error)
+    if as_json:
+        typer.echo(json.dumps(render.as_json(found), indent=1))
+    else:
+        render.show(found, Console(), max(rows, choose))
+    if write is not None:
+        chosen = found.rows[choose - 1].choice
+        write.write_text(json.dumps(render.ds_config(chosen), indent=2) + "\n", encoding="utf-8")
+        advice = "with gradient checkpointing" if chosen.checkpointing else "without gradient checkpointing"
+        Console(stderr=True).print(f"{write}: row {choose}; run it {advice}, one row a replica", highlight=False, soft_wrap=True)
 
 
 @app.command()

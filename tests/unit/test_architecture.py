@@ -74,6 +74,7 @@ IMPORTS = _table(
         "loader": "comm batch mesh deal",
         "models": "batch attention delta loss",
         "planner": "config topology layout tiles",
+        "planner.read": "planner checking models",
         "engine": "config topology layout comm factor preflight tiles mesh kernels.attention kernels.delta kernels.choice "
         "kernels.probe batch attention delta loss loader models",
         "trainer": "engine",
@@ -104,14 +105,16 @@ BEYOND = _table(
         "launch": "config agreement",  # a config that one rank cannot read, or reads otherwise, ends all of them
         # reads the block, counts targets and verifies the factor as engine does; stopping and saving
         "trainer": "batch comm config factor mesh deal reliable agreement preflight",
-        "cli": "layout checking prove",  # names of layouts; what `check` resolves; what `selftest` runs
+        "planner": "balance",  # the busiest rank's pairs of packed rows
+        # names of layouts; what `check` resolves; what `selftest` runs; a model's counts
+        "cli": "layout checking prove planner.read",
     }
 )
 """Edges that the code has and design.md's table does not, each with its reason. One that is gone must go from here."""
 
 OUTSIDE = _table(
     {
-        "transformers": "models checking prove engine trainer selftest reliable",
+        "transformers": "models checking planner.read prove engine trainer selftest reliable",
         "deepspeed": "mesh loss engine trainer factor selftest launch prove",
         "flash_attn": "kernels.attention kernels.flash4_hopper",
         "cutlass": "kernels.flash4_hopper",

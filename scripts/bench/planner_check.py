@@ -1,0 +1,375 @@
+"""What `ds-cp plan` predicts beside what was measured: the tables of docs/planner.md.
+
+    python scripts/bench/planner_check.py                        # prints the tables from docs/data/*.json
+    python scripts/bench/planner_check.py --write docs/planner.md    # puts them into the docs
+
+Nothing is measured here: the files are those that one_rank.py, memory.py, real_ranks.py, attention.py, link.py and
+planner_memory.py left. The planner's test computes the same rows and holds them to the bars.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a plain checkout needs no installation
+
+from ds_cp.planner import machine as machines
+from ds_cp.planner import memory, times, traffic
+from ds_cp.planner.choice import Choice
+from ds_cp.planner.machine import GIB, Link, Machine
+from ds_cp.planner.shape import Shape
+from ds_cp.topology import Topology
+
+DATA = Path(__file__).resolve().parents[2] / "docs" / "data"
+MEMORY_BAR, TIME_BAR, TRAFFIC_BAR = 0.10, 0.25, 0.10
+LLAMA_8B = (4096, 14336, 128256, 32, 8, 128)
+MIB = 2**20
+MARK = "<!-- what follows is written by scripts/bench/planner_check.py -->"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One comparison. `beyond`: why it is not held to the bar."""
+
+    section: str
+    file: str
+    what: str
+    predicted: float
+    measured: float
+    unit: str
+    bar: float
+    beyond: str = ""
+    state: float = 0.0
+    """Measured between steps, where it was; the rest is what a step adds."""
+
+    @property
+    def error(self) -> float:
+        return self.predicted / self.measured - 1
+
+    @property
+    def of_the_step(self) -> float | None:
+        """The same error over what a step adds to the state."""
+        return (self.predicted - self.measured) / (self.measured - self.state) if self.state else None
+
+
+def llama(hidden: int, inner: int, vocabulary: int, heads: int, kv_heads: int, size: int, layers: int) -> Shape:
+    mixers = 2 * hidden * (heads + kv_heads) * size
+    mlp, table = 3 * hidden * inner, vocabulary * hidden
+    return Shape(
+        name="llama",
+        hidden=hidden,
+        layers=layers,
+        vocabulary=vocabulary,
+        heads=((heads, kv_heads),),
+        head_size=size,
+        windows=(None,) * layers,
+        parameters=layers * (mixers + mlp + 2 * hidden) + 2 * table + hidden,
+        embedding=table,
+        head=table,
+        mlp=layers * mlp,
+        mixers=layers * mixers,
+    )
+
+
+def read(name: str) -> dict[str, Any]:
+    path = DATA / name
+    return json.loads(path.read_text()) if path.is_file() else {"machine": {}, "rows": []}
+
+
+def device(name: str, gpus: int) -> Machine:
+    kind = "h200" if "H200" in name else "h100"
+    return machines.build(gpus, gpus, kind, 0, "nvlink", "infiniband-400g", 2000)
+
+
+# Memory
+
+
+def memory_points() -> Iterator[Point]:
+    yield from _counted()
+    yield from _one_rank_memory()
+    yield from _longest()
+    yield from _real_ranks_memory()
+
+
+def _counted() -> Iterator[Point]:
+    """Of planner_memory.py: counted on the CPU."""
+    for row in read("planner_memory.json")["rows"]:
+        if row["outcome"] != "ok":
+            continue
+        choice = counted_choice(row)
+        shape = llama(*(row[key] for key in ("hidden", "inner", "vocabulary", "heads", "kv_heads", "head_size", "layers")))
+        found = memory.of(shape, choice, row["local_tokens"], counted_settings(row))
+        on_host = found.host if choice.offload_optimizer else 0.0  # the CPU's memory is both
+        what = f"{row['layers']} layers, {row['local_tokens']:,} tokens, {describe(choice)}"
+        what += ", allgather" * (row["block"].get("ring_impl") == "allgather")
+        sizes = (found.peak + on_host) / MIB, row["peak_mib"], "MiB"
+        yield Point("memory, counted on a CPU", "planner_memory.json", what, *sizes, MEMORY_BAR, state=row["state_mib"])
+
+
+def counted_choice(row: dict[str, Any]) -> Choice:
+    block, zero = row["block"], row["zero"]
+    return Choice(
+        degrees=Topology(row["ulysses"], row["ring"], row["world"] // row["ulysses"] // row["ring"]),
+        stage=row["stage"],
+        offload_optimizer="offload_optimizer" in zero,
+        offload_parameters="offload_param" in zero,
+        checkpointing=row["checkpointing"],
+        activation_offload=block.get("activation_offload", False),
+        tiled_mlp=block.get("tiled_mlp", False),
+        tiled_loss="loss_chunk" in block,
+        head_chunks=block.get("attention_head_chunks", 4 if block.get("activation_offload") else 1),
+    )
+
+
+def counted_settings(row: dict[str, Any]) -> memory.Settings:
+    """The small buckets that the run had; fp32 logits of a tile on a CPU; AdamW without its foreach form, at ZeRO 0 one parameter
+    after another."""
+    tile = 2.0 * row["block"].get("loss_chunk", 0) * row["vocabulary"]
+    live = row["zero"].get("stage3_max_live_parameters", 1e9)
+    parts = {"tile_bytes": tile or memory.TILE_BYTES, "tile_copies": 6.0, "optimizer_bytes": 12.0, "unsharded_bytes": 0.5}
+    return memory.Settings(bucket=1e5, live=live, fixed=0.0, **parts)
+
+
+def _one_rank_memory() -> Iterator[Point]:
+    for name in sorted(path.name for path in DATA.glob("h*_one_rank_*.json")):
+        for row in _ours(read(name)["rows"]):
+            shape, choice = llama(*LLAMA_8B, row["layers"]), one_rank_choice(row)
+            found = memory.of(shape, choice, row["local_tokens"])
+            what = f"{row['local_tokens']:,} tokens, {describe(choice)}"
+            yield Point("memory, one GPU", name, what, found.peak / GIB, row["peak_gib"], "GiB", MEMORY_BAR)
+
+
+def _ours(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row for row in rows if row.get("contender") == "ds_cp" and row.get("outcome", "ok") == "ok"]
+
+
+def one_rank_choice(row: dict[str, Any]) -> Choice:
+    """Those figures are of whole logits where the peak says so: they were taken before the loss was in tiles."""
+    block = row.get("block") or {}
+    whole = row["peak_gib"] - row.get("state_gib", 0) > row["local_tokens"] * LLAMA_8B[2] * 12 / GIB
+    degrees = Topology(row["ulysses"], row["ring"], row["world"] // row["ulysses"] // row["ring"])
+    offload = block.get("activation_offload", False)
+    return Choice(
+        degrees,
+        stage=3,
+        checkpointing=row.get("checkpointing", True),
+        activation_offload=offload,
+        tiled_mlp=block.get("tiled_mlp", False),
+        tiled_loss=not whole,
+        head_chunks=_chunks(block, degrees),
+    )
+
+
+def _chunks(block: dict[str, Any], degrees: Topology) -> int:
+    most = LLAMA_8B[3] // degrees.ulysses if degrees.ulysses > 1 else 1
+    return block.get("attention_head_chunks", most if block.get("activation_offload") else 1)
+
+
+def _longest() -> Iterator[Point]:
+    """Of memory.py: fewer layers run than there is state for, which an allocation stands in for."""
+    tricks = {"tiled_mlp": True, "activation_offload": True}
+    blocks = {"ds_cp ulysses": tricks, "ds_cp ring": tricks, "ds_cp ulysses, heads at once": {**tricks, "attention_head_chunks": 1}}
+    for name in sorted(path.name for path in DATA.glob("h*_memory*.json")):
+        for row in read(name)["rows"]:
+            if row.get("name") not in blocks:
+                continue
+            block, world = blocks[row["name"]], 8
+            degrees = Topology(1, world, 1) if row["name"].endswith("ring") else Topology(world, 1, 1)
+            choice = Choice(degrees, 3, activation_offload=True, tiled_mlp=True, head_chunks=_chunks(block, degrees))
+            shape, whole = llama(*LLAMA_8B, row["layers"]), llama(*LLAMA_8B, max(row.get("of_layers", 32), row["layers"]))
+            missing = 16 * (whole.parameters - shape.parameters) / world
+            size = (memory.of(shape, choice, row["local_tokens"]).peak + missing) / GIB
+            what = f"{row['local_tokens']:,} tokens, {row['layers']} of {whole.layers} layers, {describe(choice)}"
+            if row["outcome"] == "ok":
+                yield Point("memory, one GPU", name, what, size, row["peak_gib"], "GiB", MEMORY_BAR, state=row["state_gib"])
+            elif row["outcome"] == "out of memory":
+                beyond = f"ran out of memory: the prediction must be above {row['limit_gib']:.1f} GiB"
+                yield Point("memory, one GPU", name, what, size, row["limit_gib"], "GiB", MEMORY_BAR, beyond)
+
+
+def _real_ranks_memory() -> Iterator[Point]:
+    for name, row in _steps():
+        shape, choice = llama(*LLAMA_8B, 4), real_choice(row)
+        found = memory.of(shape, choice, row["local_tokens"])
+        what = f"{row['local_tokens']:,} tokens, {describe(choice)}"
+        yield Point("memory, one GPU", name, what, found.peak / GIB, row["peak_gib"], "GiB", MEMORY_BAR)
+
+
+def _steps() -> Iterator[tuple[str, dict[str, Any]]]:
+    for name in sorted(path.name for path in DATA.glob("h*_real_ranks*.json")):
+        for row in _ours(read(name)["rows"]):
+            if row.get("section") == "step" and "seconds" in row:
+                yield name, row
+
+
+def real_choice(row: dict[str, Any]) -> Choice:
+    degrees, block = Topology(row["ulysses"], row["ring"], 1), row.get("block") or {}
+    return Choice(
+        degrees,
+        stage=3,
+        activation_offload=block.get("activation_offload", False),
+        tiled_mlp=block.get("tiled_mlp", False),
+        head_chunks=_chunks(block, degrees),
+    )
+
+
+# Time and traffic
+
+
+def time_points() -> Iterator[Point]:
+    yield from _one_rank_time()
+    yield from _real_ranks_time()
+    yield from _longest_time()
+    yield from _ring_time()
+    yield from _link()
+
+
+def _one_rank_time() -> Iterator[Point]:
+    for name in sorted(path.name for path in DATA.glob("h*_one_rank_*.json")):
+        for row in _ours(read(name)["rows"]):
+            shape, choice = llama(*LLAMA_8B, row["layers"]), one_rank_choice(row)
+            where = device(read(name)["machine"].get("device") or name.upper(), row["world"])
+            found = _times(shape, choice, where, row["local_tokens"])
+            seconds = sum(found.compute.values())  # there is no network in it
+            what = f"{row['local_tokens']:,} tokens, {describe(choice)}"
+            yield Point("time, a whole step", name, what, seconds, row["seconds"], "s", TIME_BAR)
+
+
+def _times(shape: Shape, choice: Choice, where: Machine, tokens: int) -> times.Times:
+    pairs = times.busiest(shape, choice.degrees, (0, tokens * choice.degrees.size))
+    return times.of(shape, choice, where, traffic.of(shape, choice, where, tokens), tokens, pairs)
+
+
+def _real_ranks_time() -> Iterator[Point]:
+    for name, row in _steps():
+        shape, choice = llama(*LLAMA_8B, 4), real_choice(row)
+        found = _times(shape, choice, device(row["device"], choice.degrees.size), row["local_tokens"])
+        what = f"{row['local_tokens']:,} tokens, {describe(choice)}, over NVLink"
+        yield Point("time, a whole step", name, what, found.seconds, row["seconds"], "s", TIME_BAR)
+
+
+def _longest_time() -> Iterator[Point]:
+    beyond = "one step only, the first of its length: allocates pinned memory and marks every part"
+    for name in sorted(path.name for path in DATA.glob("h*_memory*.json")):
+        for row in read(name)["rows"]:
+            if row.get("name") != "ds_cp ulysses" or row["outcome"] != "ok":
+                continue
+            degrees = Topology(8, 1, 1)
+            choice = Choice(degrees, 3, activation_offload=True, tiled_mlp=True, head_chunks=4)
+            shape = replace(llama(*LLAMA_8B, row["layers"]), windows=(row["window"] or None,) * row["layers"])
+            found = _times(shape, choice, device(read(name)["machine"]["device"], 8), row["local_tokens"])
+            seconds = sum(found.compute.values()) + found.waits["host copies"]
+            what = f"{row['local_tokens']:,} tokens, {row['layers']} layers, {describe(choice)}"
+            yield Point("time, a whole step", name, what, seconds, row["seconds"], "s", TIME_BAR, beyond)
+
+
+RINGS = tuple(f"h200_{name}.json" for name in ("ring", "ring_short", "attention_lengths", "attention_head256", "ring_1048576"))
+
+
+def _ring_time() -> Iterator[Point]:
+    """Forward and backward of one layer's attention, one rank of a ring: hops are copies."""
+    for name in (
+        "h200_ring.json",
+        "h200_ring_short.json",
+        "h200_attention_lengths.json",
+        "h200_attention_head256.json",
+        "h200_ring_1048576.json",
+    ):
+        found = read(name)
+        for row in found["rows"]:
+            if row.get("section") != "speed" or row["kernel"] != "flash_attn" or row["contender"] not in ("whole row", "ring p2p"):
+                continue
+            (heads, kv_heads), size = found["machine"]["arguments"]["heads"], found["machine"]["arguments"]["size"]
+            shape = llama(heads * size, 1, 1, heads, kv_heads, size, 1)
+            choice = Choice(Topology(1, row["ring"], 1), 3, checkpointing=False)
+            pairs = times.busiest(shape, choice.degrees, (0, row["tokens"]))
+            milliseconds = 1e3 * times.attention_seconds(shape, choice, device("H200", row["ring"]), pairs)
+            what = f"{row['tokens']:,} tokens, ring {row['ring']}, heads of {size}"
+            local = row["tokens"] // row["ring"]
+            beyond = f"{local:,} local tokens: launches of the host, and the first case of its process" if local < 2500 else ""
+            yield Point("time, attention of a layer", name, what, milliseconds, row["total_ms"], "ms", TIME_BAR, beyond)
+
+
+LINK = {"ulysses 4": (4, 1), "ulysses 2 x ring 2": (2, 2), "ring 4": (1, 4)}
+
+
+def _link() -> Iterator[Point]:
+    """Two hosts of two CPU ranks: what they send, and the step at 100 Mbit/s from that at 1 Gbit/s."""
+    found = read("link.json")
+    slow, fast = Link("100 Mbit/s", 0.0125, 0.0, shared=True), Link("1 Gbit/s", 0.125, 0.0, shared=True)
+    shape = llama(256, 688, 1024, 8, 4, 32, 4)
+    for name, (ulysses, ring) in LINK.items():
+        choice, by_rate = Choice(Topology(ulysses, ring, 1), 3, checkpointing=False), {}
+        for link in (slow, fast):
+            where = Machine(4, 2, machines.GPUS[0], Link("memory", 1e3, 0.0), link, 0)
+            by_rate[link.name] = traffic.of(shape, choice, where, found["tokens"] // 4, element=4)
+        rows = {row["rate"]: row for row in found["rows"] if row["contender"] == name}
+        sent = by_rate[slow.name].leaves / 1e6
+        yield Point("traffic, what a host sends", "link.json", name, sent, rows["100mbit"]["sent_mb"], "MB", TRAFFIC_BAR)
+        more = by_rate[slow.name].leaves / 1e9 * (1 / slow.gb_per_s - 1 / fast.gb_per_s)
+        predicted = rows["1gbit"]["seconds"] + more
+        what = f"{name}, 100 Mbit/s from the step at 1 Gbit/s"
+        yield Point("time, shaped link", "link.json", what, predicted, rows["100mbit"]["seconds"], "s", TIME_BAR)
+
+
+def describe(choice: Choice) -> str:
+    degrees = choice.degrees
+    words = [f"{degrees.ulysses} x {degrees.ring}", f"ZeRO {choice.stage}"]
+    words += ["optimizer on the host"] * (choice.offload_optimizer and not choice.offload_parameters)
+    words += ["optimizer and parameters on the host"] * choice.offload_parameters
+    words += ["no checkpointing"] * (not choice.checkpointing)
+    words += ["whole logits"] * (not choice.tiled_loss)
+    words += ["tiled_mlp"] * choice.tiled_mlp + ["activation_offload"] * choice.activation_offload
+    words += [f"head chunks {choice.head_chunks}"] * (choice.head_chunks > 1)
+    return ", ".join(words)
+
+
+def points() -> list[Point]:
+    return [*memory_points(), *time_points()]
+
+
+def table(found: list[Point]) -> str:
+    """Markdown, a section for each kind of figure."""
+    lines = []
+    for section in dict.fromkeys(point.section for point in found):
+        mine = [point for point in found if point.section == section]
+        held = [point for point in mine if not point.beyond]
+        good = sum(abs(point.error) <= point.bar for point in held)
+        worst = max((abs(point.error) for point in held), default=0.0)
+        steps = [abs(point.of_the_step) for point in held if point.of_the_step is not None]
+        rest = f"; of what a step adds to the state, where that was measured, the worst {max(steps):.1%}" if steps else ""
+        rest += f"; {len(mine) - len(held)} more are not held to it" if len(mine) > len(held) else ""
+        lines += [f"### {section[0].upper()}{section[1:]}", ""]
+        lines += [f"{good} of {len(held)} within {mine[0].bar:.0%}, the worst {worst:.1%}{rest}.", ""]
+        lines += ["| data | case | predicted | measured | error | |", "| --- | --- | --- | --- | --- | --- |"]
+        for point in mine:
+            mark = point.beyond or ("" if abs(point.error) <= point.bar else "**missed**")
+            figures = f"{point.predicted:.4g} {point.unit} | {point.measured:.4g} | {point.error:+.1%}"
+            lines.append(f"| [{point.file}](data/{point.file}) | {point.what} | {figures} | {mark} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--write", type=Path, help="put the tables into this file, after the line that says so")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args, found = parse(), table(points())
+    if args.write:
+        before = args.write.read_text(encoding="utf-8").split(MARK)[0]
+        args.write.write_text(before + MARK + "\n\n" + found, encoding="utf-8")
+    else:
+        print(found)
+
+
+if __name__ == "__main__":
+    main()
