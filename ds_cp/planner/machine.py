@@ -56,7 +56,7 @@ BETWEEN = (
 
 HOST_GB_PER_S = 50.0
 """Between a GPU and pinned host memory (assumed: PCIe 5 x16)."""
-HOST_ADAM = 300e9
+HOST_ADAM = 100e9
 """Bytes a second that an optimizer on the host gets out of a host's memory (assumed)."""
 RESERVE_GIB = 2.5
 """CUDA's context, NCCL's buffers, and what an allocator cannot hand out (assumed)."""

@@ -5,6 +5,7 @@ F inner width of the MLP):
 
     loss       the last norm's 4D, whole logits at 12 bytes an entry; or in tiles: the head's gradient in fp32, two tiles, D
     mlp        norms 8D, q, k, v, out before and after the all-to-all, 3F kept and 3F of gradients, the gradient of the output D
+    DeltaNet   the same of such a layer, by what its kernels were seen to hold
     attention  the first norm's 4D, q, k, v, out, their gradients, the kernel's fp32 sums; a ring's blocks and sums in flight
     optimizer  temporaries of AdamW over at most DeepSpeed's sub_group_size parameters
 
@@ -25,6 +26,8 @@ from ds_cp.planner.shape import Shape
 CUBLAS = 64 * 2**20
 TILE_BYTES = 256 * 2**20
 OFFLOADED_ON_DEVICE = 2
+DELTA_WIDTHS = 16.2
+"""What fla's kernels held at most, forward and backward, over the value heads' width in bf16 (one rank of 8, H200)."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,8 @@ def of(shape: Shape, choice: Choice, tokens: int, settings: Settings = DEFAULT) 
         "attention": gathered + 2.0 * tokens * _attention(shape, choice),
         "optimizer": _optimizer(shape, choice, settings),
     }
+    if shape.linear:
+        moments["DeltaNet"] = gathered + 2.0 * tokens * _delta(shape, choice)
     return Memory(state, gradients, kept, moments, host)
 
 
@@ -130,7 +135,7 @@ def _optimizer(shape: Shape, choice: Choice, settings: Settings) -> float:
 
 def _norm(shape: Shape, choice: Choice) -> float:
     """Elements of 2 bytes that a norm keeps beside its input, output included."""
-    return shape.hidden * (1.0 if choice.tiled_mlp else 4.0)
+    return shape.hidden * (1.0 if choice.tiled_mlp else shape.norm_kept)
 
 
 def _widths(shape: Shape, choice: Choice) -> tuple[float, float]:
@@ -151,7 +156,9 @@ def _layer(shape: Shape, choice: Choice) -> float:
     twice = choice.degrees.ulysses > 1 and choice.head_chunks == 1  # the output before and after the all-to-all
     attention = query + kv + query * (2.0 if twice else 1.0)
     inner = 0.0 if choice.tiled_mlp else 4.0 * shape.inner
-    return _norm(shape, choice) * 2 + attention + inner + _small(shape) + (shape.hidden if choice.tiled_mlp else 0.0)
+    copies = 2.0 * shape.routed * shape.hidden  # of a token for each of its experts, and what they give
+    inputs = shape.hidden * (shape.norms - 1) if choice.tiled_mlp else 0.0  # of norms; the first one's is the layer's
+    return _norm(shape, choice) * shape.norms + attention + inner + copies + inputs + _small(shape)
 
 
 def _kept(shape: Shape, choice: Choice) -> float:
@@ -178,8 +185,8 @@ def _mlp(shape: Shape, choice: Choice, tokens: int) -> float:
     """In backward: what the layer keeps, three gradients as wide as the MLP in place of its product, that of the output."""
     d, inner = shape.hidden, shape.inner
     if not choice.tiled_mlp:
-        working = _layer(shape, choice) - inner + 3.0 * inner + d
-        return 2.0 * tokens * _recomputed(shape, choice, working) + 2.0 * d * inner
+        working = _layer(shape, choice) - inner + 3.0 * inner + d + shape.routed * d
+        return 2.0 * tokens * _recomputed(shape, choice, working) + 2.0 * shape.matrix
     tile = min(tokens, d)
     sums, of_tile = 4.0 * 3.0 * d * inner, 2.0 * tile * 7.0 * inner
     return 2.0 * tokens * _recomputed(shape, choice, _layer(shape, choice) + 2.0 * d) + sums + of_tile
@@ -204,6 +211,13 @@ def _attention(shape: Shape, choice: Choice) -> float:
         return working
     own = _layer(shape, choice) - (0.0 if choice.tiled_mlp else 4.0 * shape.inner)
     return max(working - own, 0.0)
+
+
+def _delta(shape: Shape, choice: Choice) -> float:
+    """Of a Gated DeltaNet layer's backward, its projections included."""
+    layer = shape.linear[0]
+    values, keys = layer.value_heads * layer.value_size, layer.key_heads * layer.key_size
+    return _norm(shape, choice) + shape.hidden + 2.0 * (values + keys) + DELTA_WIDTHS * values
 
 
 def choice_kv(shape: Shape, choice: Choice) -> int:

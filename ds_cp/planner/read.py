@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -9,6 +12,7 @@ from ds_cp import checking
 from ds_cp.models import checks, mlp
 from ds_cp.planner.shape import Linear, Shape
 
+TOKENS = 8
 EXPERTS = ("num_experts_per_tok", "moe_topk", "top_k_experts", "experts_per_token")
 MLPS = ("mlp", "feed_forward", "block_sparse_moe", "experts", "shared_expert", "shared_experts", "moe")
 
@@ -31,7 +35,7 @@ def of(model: PreTrainedModel, name: str) -> Shape:
     own = 0 if tied else head.weight.numel()
     total = sum(p.numel() for p in model.parameters())
     mlps, mixers = _matrices(model, {id(embedding.weight), *([id(head.weight)] if head is not None else [])})
-    shapes = checks.linear_shapes(model)
+    shapes, norms = checks.linear_shapes(model), mlp.norms(model)
     return Shape(
         name=name,
         hidden=config.hidden_size,
@@ -47,9 +51,30 @@ def of(model: PreTrainedModel, name: str) -> Shape:
         mixers=mixers,
         linear=tuple(Linear(s.value_heads, s.key_heads, s.value_size, s.key_size) for s in shapes),
         query_key_norms=any(part.rpartition(".")[2] == "q_norm" for part, _ in model.named_modules()),
-        experts=_experts(model) > 1,
+        matrix=max(p.numel() for name, p in model.get_decoder().named_parameters() if p is not embedding.weight),
+        norms=max((len(norms) - 1) // config.num_hidden_layers, 1),
+        norm_kept=kept_by(norms[0], config.hidden_size),
+        routed=_routed(model) if _experts(model) > 1 else 0,
         tiled_mlp_refused=_refused(model),
     )
+
+
+def kept_by(norm: nn.Module, hidden: int) -> float:
+    """What autograd keeps of a norm in bf16 beside its input and weight, and its output, in its input's elements."""
+    norm = copy.deepcopy(norm).to(device="meta", dtype=torch.bfloat16)
+    x = torch.empty(1, TOKENS, hidden, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    own = {x.untyped_storage()._cdata, *(p.untyped_storage()._cdata for p in norm.parameters())}
+    kept: dict[int, torch.UntypedStorage] = {}  # the storages too, so that none takes another's place
+
+    def keep(saved: torch.Tensor) -> torch.Tensor:
+        kept[saved.untyped_storage()._cdata] = saved.untyped_storage()
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
+        out = norm(x)
+    kept[out.untyped_storage()._cdata] = out.untyped_storage()
+    whole = sum(storage.nbytes() for key, storage in kept.items() if key not in own and storage.nbytes() >= x.nbytes)
+    return whole / x.nbytes
 
 
 def _windows(model: PreTrainedModel) -> tuple[int | None, ...]:
@@ -62,11 +87,15 @@ def _experts(model: PreTrainedModel) -> int:
     return next((getattr(config, key) for key in names if getattr(config, key, None)), 1)
 
 
+def _routed(model: PreTrainedModel) -> int:
+    config = model.config.get_text_config()
+    return next((getattr(config, key) for key in EXPERTS if getattr(config, key, None)), 1)
+
+
 def _matrices(model: PreTrainedModel, outside: set[int]) -> tuple[int, int]:
     """Parameters of the language model's layers that multiply each token, of MLPs and of what mixes tokens."""
-    config, towers = model.config.get_text_config(), checks.vision_modules(model)
-    met = next((getattr(config, key) for key in EXPERTS if getattr(config, key, None)), 1)
-    share = met / _experts(model) if _experts(model) > 1 else 1.0
+    towers = checks.vision_modules(model)
+    share = _routed(model) / _experts(model) if _experts(model) > 1 else 1.0
     found = [0.0, 0.0]
     for path, module in model.named_modules():
         if id(module) in towers:

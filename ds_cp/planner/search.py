@@ -19,9 +19,9 @@ from ds_cp.topology import Topology
 
 SAME, TIED = 1.01, 1.03
 """Of choices for the same degrees that are not slower than SAME times the fastest, the one with the fewest savings is taken. Those
-of different degrees within TIED come in the order of their savings and of what their links take, hidden or not: links are known
-least."""
-MARGIN = 1.05
+of different degrees within TIED come in the order of their savings, then those whose all-to-all (which is waited for) stays inside
+a host, then by what their links take, hidden or not: links are known least."""
+MARGIN = 1.1
 """A choice fits when this times its predicted memory does."""
 
 
@@ -108,7 +108,7 @@ def _ranked(rows: list[Row]) -> list[Row]:
     left, found = sorted(rows, key=lambda row: -row.tokens_per_second), []
     while left:
         same = [row for row in left if row.tokens_per_second * TIED >= left[0].tokens_per_second]
-        found += sorted(same, key=lambda row: (row.choice.savings, row.traffic.seconds))
+        found += sorted(same, key=lambda row: (row.choice.savings, bool(row.traffic.all_to_all.leaves), row.traffic.seconds))
         left = left[len(same) :]
     return found
 

@@ -39,7 +39,14 @@ class Shape:
     """Parameters of the matrices of all layers outside MLPs."""
     linear: tuple[Linear, ...] = ()
     query_key_norms: bool = False
-    experts: bool = False
+    matrix: int = 0
+    """The largest parameter of a layer: experts of a layer are one."""
+    norms: int = 2
+    """Of a layer, over the hidden size."""
+    norm_kept: float = 4.0
+    """What one keeps beside its input, output included, in elements of 2 bytes for each of the hidden size."""
+    routed: int = 0
+    """Experts that a token meets."""
     tiled_mlp_refused: str | None = None
     """Why `tiled_mlp` is not possible."""
 

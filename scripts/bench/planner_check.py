@@ -30,6 +30,7 @@ DATA = Path(__file__).resolve().parents[2] / "docs" / "data"
 MEMORY_BAR, TIME_BAR, TRAFFIC_BAR = 0.10, 0.25, 0.10
 LLAMA_8B = (4096, 14336, 128256, 32, 8, 128)
 MIB = 2**20
+REFERENCE_DELTA = "a CPU runs the reference DeltaNet kernel, in fp32; a GPU's takes other memory, of which no step was measured"
 MARK = "<!-- what follows is written by scripts/bench/planner_check.py -->"
 
 
@@ -74,6 +75,7 @@ def llama(hidden: int, inner: int, vocabulary: int, heads: int, kv_heads: int, s
         head=table,
         mlp=layers * mlp,
         mixers=layers * mixers,
+        matrix=max(hidden * inner, hidden * heads * size),
     )
 
 
@@ -99,17 +101,32 @@ def memory_points() -> Iterator[Point]:
 
 def _counted() -> Iterator[Point]:
     """Of planner_memory.py: counted on the CPU."""
+    shapes: dict[str, Shape] = {}
     for row in read("planner_memory.json")["rows"]:
         if row["outcome"] != "ok":
             continue
-        choice = counted_choice(row)
-        shape = llama(*(row[key] for key in ("hidden", "inner", "vocabulary", "heads", "kv_heads", "head_size", "layers")))
+        choice, key = counted_choice(row), f"{row['model_type']} {row['layers']}"
+        shape = shapes[key] = shapes.get(key) or counted_shape(row)
         found = memory.of(shape, choice, row["local_tokens"], counted_settings(row))
         on_host = found.host if choice.offload_optimizer else 0.0  # the CPU's memory is both
-        what = f"{row['layers']} layers, {row['local_tokens']:,} tokens, {describe(choice)}"
+        what = f"{row['model_type']}, {row['layers']} layers, {row['local_tokens']:,} tokens, {describe(choice)}"
         what += ", allgather" * (row["block"].get("ring_impl") == "allgather")
         sizes = (found.peak + on_host) / MIB, row["peak_mib"], "MiB"
-        yield Point("memory, counted on a CPU", "planner_memory.json", what, *sizes, MEMORY_BAR, state=row["state_mib"])
+        beyond = REFERENCE_DELTA if shape.linear else ""
+        yield Point("memory, counted on a CPU", "planner_memory.json", what, *sizes, MEMORY_BAR, beyond, state=row["state_mib"])
+
+
+def counted_shape(row: dict[str, Any]) -> Shape:
+    """As `ds-cp plan` reads it, from the model without weights."""
+    import planner_memory
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from ds_cp.planner import read as reading
+
+    case = planner_memory.Case(**{key: row[key] for key in planner_memory.Case.__dataclass_fields__ if key in row})
+    with torch.device("meta"):
+        return reading.of(AutoModelForCausalLM.from_config(planner_memory.make_config(case)), row["model_type"])
 
 
 def counted_choice(row: dict[str, Any]) -> Choice:

@@ -54,6 +54,9 @@ class Case:
     heads: int = 16
     kv_heads: int = 4
     head_size: int = 16
+    model_type: str = "llama"
+    more: dict[str, Any] = field(default_factory=dict)
+    """More of the model's config."""
     contender: str = "ds_cp"
     attention: str = "auto"
     rank: int = 0
@@ -85,7 +88,20 @@ def cases() -> list[Case]:
     knobs += [Case(2048, block=TRICKS | {"attention_head_chunks": n}) for n in (1, 2, 4)]
     knobs += [Case(2048, checkpointing=False, block={"loss_chunk": 256} | more) for more in ({}, {"tiled_mlp": True})]
     knobs += [Case(2048, ulysses=1, ring=4, checkpointing=False, block={"loss_chunk": 256, "tiled_mlp": True})]
-    return long + plain + splits + knobs + stages
+    return others() + long + plain + splits + knobs + stages
+
+
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 448, "decoder_sparse_step": 1}
+LAYERS = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 512}
+HYBRID = {"linear_num_value_heads": 16, "linear_num_key_heads": 8, "linear_key_head_dim": 16, "linear_value_head_dim": 16}
+HYBRID |= {"layer_types": ["linear_attention", "linear_attention", "linear_attention", "full_attention"]}
+
+
+def others() -> list[Case]:
+    """Norms of queries and keys, experts, windows with a tied head, Gated DeltaNet."""
+    block = {"loss_chunk": 256}
+    kinds = {"qwen3": {}, "qwen3_moe": EXPERTS, "gemma3_text": LAYERS, "qwen3_5_text": HYBRID}
+    return [Case(tokens, model_type=kind, more=more, block=block) for kind, more in kinds.items() for tokens in (1024, 2048)]
 
 
 class Live(TorchDispatchMode):
@@ -142,13 +158,18 @@ def initialize(model: Any, case: Case, mpu: Any = None) -> Any:
     return deepspeed.initialize(model=model, optimizer=optimizer, config=config, mpu=mpu)[0]
 
 
-def make_model(case: Case) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
+def make_config(case: Case) -> Any:
+    from transformers import CONFIG_MAPPING
 
     shape = {"hidden_size": case.hidden, "intermediate_size": case.inner, "vocab_size": case.vocabulary, "head_dim": case.head_size}
     shape |= {"num_attention_heads": case.heads, "num_key_value_heads": case.kv_heads, "num_hidden_layers": case.layers}
-    config = LlamaConfig(**shape, max_position_embeddings=2**20, use_cache=False)
-    model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).train()
+    return CONFIG_MAPPING[case.model_type](**shape, **case.more, max_position_embeddings=2**20, use_cache=False)
+
+
+def make_model(case: Case) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(make_config(case), dtype=torch.bfloat16).train()
     if case.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
@@ -163,16 +184,31 @@ def measure(case: Case) -> dict[str, Any]:
         offloaded = _without_host_copies(live)
         model = make_model(case)
         engine, forward = one_rank.build_ours(model, case, timeline)
-        step = one_rank.stepping(model, engine, forward, timeline)
+        llama = case.model_type == "llama"
+        step = one_rank.stepping(model, engine, forward, timeline) if llama else _stepping(engine, forward)
         row = one_rank.make_row(case.world * case.local_tokens, case.vocabulary)
         for _ in range(2):
             step(row)
         state = live.now
+        if not llama:
+            live.peak = state
+            step(row)
+            return {"parameters": _numel(model), "state_mib": state / MIB, "peak_mib": live.peak / MIB, "mib_by_part": {}}
         parts = timeline.record("memory", lambda: step(row))
     del offloaded
     by_part = {part or REST: (size - state) / MIB for part, size in parts.items()}
     peak = max(size for part, size in parts.items() if part != SAVED) / MIB
     return {"parameters": _numel(model), "state_mib": state / MIB, "peak_mib": peak, "mib_by_part": by_part}
+
+
+def _stepping(engine: Any, forward: Any) -> Any:
+    """A step without marks, for any model."""
+
+    def step(row: dict[str, torch.Tensor]) -> None:
+        engine.backward(forward(row))
+        engine.step()
+
+    return step
 
 
 def _numel(model: Any) -> int:

@@ -120,6 +120,15 @@ def test_windows_and_recurrent_layers_are_read() -> None:
     assert hybrid.linear
 
 
+def test_what_a_norm_keeps_is_counted() -> None:
+    """HF's RMSNorm: its input in fp32 (twice 2 bytes), what that becomes, and the output; PyTorch's LayerNorm: the output."""
+    norm = selftest.tiny_model("llama").model.norm
+    assert read.kept_by(norm, norm.weight.numel()) == 4
+    norm = selftest.tiny_model("gpt_neox").gpt_neox.final_layer_norm
+    assert read.kept_by(norm, norm.weight.numel()) == 1
+    assert (read.of(selftest.tiny_model("gemma3_text"), "").norms, read.of(selftest.tiny_model("olmo2"), "").norms) == (4, 2)
+
+
 def test_llama_8b_is_what_its_config_says(bench: ModuleType, llama: Shape) -> None:
     """The shape of the benchmarks, which is written out, and the one that is read."""
     hidden, inner, vocabulary, heads, kv_heads, _ = bench.LLAMA_8B
@@ -130,6 +139,20 @@ def test_llama_8b_is_what_its_config_says(bench: ModuleType, llama: Shape) -> No
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     assert read.of(model, "llama") == llama
+
+
+# Recipes
+
+
+def test_recipes_are_what_the_planner_writes_and_pass_the_check(tmp_path: Path) -> None:
+    sys.path.insert(0, str(ROOT / "scripts"))
+    import gen_recipes
+
+    assert [str(path) for path, text in gen_recipes.texts().items() if path.read_text(encoding="utf-8") != text] == []
+    for recipe in gen_recipes.RECIPES:
+        gen_recipes.llama(recipe).save_pretrained(tmp_path)
+        found = checking.check(ROOT / "ds_configs" / recipe.file, 8 * recipe.hosts, 8, str(tmp_path))
+        assert int(found["ulysses_size"]) <= 8
 
 
 # Choices
