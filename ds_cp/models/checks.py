@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ds_cp.kernels.delta import Shapes
 from ds_cp.models import attention_only, family_of, vision
 
 RECURRENT = ("deltanet", "deltaattention", "mamba", "recurrent", "rwkv", "shortconv", "linearattention", "lightningattention")
 LAYER_TYPES = ("full_attention", "sliding_attention")
-BIDIRECTIONAL_IMAGES = ("gemma3", "gemma4", "paligemma")
 ENCODER_ATTENTION = "encoder_attn"
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
@@ -25,7 +25,7 @@ LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Modules of the language model whose forward looks its kernel up in HF's attention interface, by name, but those that attend
     an encoder's output: a causal language model has none, and the census ends a run in which one is called."""
-    tower = vision_modules(model)
+    tower = other_modules(model)
     return {
         name: module
         for name, module in model.named_modules()
@@ -33,12 +33,17 @@ def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def vision_modules(model: nn.Module) -> set[int]:
-    """Ids of the modules of a vision-language model that see images, whole, and not the row."""
-    if not vision.has_vision(model.config):
-        return set()
-    text = {id(m) for m in model.get_decoder().modules()}
-    return {id(m) for m in model.base_model.modules() if id(m) not in text and m is not model.base_model}
+def other_modules(model: nn.Module) -> set[int]:
+    """Ids of the modules that see images or sound, whole, and not the row: what stands beside the language model, and models inside
+    it whose config is another part's."""
+    others: set[int] = set()
+    if vision.has_parts(model.config):
+        text, base = {id(m) for m in model.get_decoder().modules()}, model.base_model
+        others |= {id(m) for m in base.modules() if id(m) not in text and m is not base}
+        kinds = tuple(type(part) for part in vision.parts(model.config).values())
+        towers = [m for m in model.modules() if isinstance(m, PreTrainedModel) and isinstance(m.config, kinds)]
+        others |= {id(m) for tower in towers for m in tower.modules()}
+    return others
 
 
 def token_mixers(model: nn.Module) -> dict[str, nn.Module]:
@@ -54,7 +59,13 @@ def windows(model: PreTrainedModel) -> tuple[int | None, ...]:
 
 
 def window_of(module: nn.Module, config: PretrainedConfig) -> int | None:
-    """The module's own where it has one, else the config's; None for a layer that says it has none."""
+    """The keys that a query of the layer attends; None for all before it, and for a window that its attention is never told."""
+    window = window_said(module, config)
+    return window if window is None or "sliding_window" in _keywords(module) else None
+
+
+def window_said(module: nn.Module, config: PretrainedConfig) -> int | None:
+    """The module's own window where it has one, else the config's; None for a layer that says it has none."""
     kinds, index = getattr(config, "layer_types", None), getattr(module, "layer_idx", None)
     if getattr(module, "is_sliding", True) is False or (kinds and index is not None and kinds[index] == "full_attention"):
         return None
@@ -146,16 +157,16 @@ def _reasons(model: PreTrainedModel) -> Iterator[str]:
 def _of_architecture(model: PreTrainedModel, config: PretrainedConfig) -> Iterator[str]:
     if model.config.is_encoder_decoder:
         yield "encoder-decoder models are not in this version"
+    if not hasattr(config, "num_hidden_layers"):
+        yield f"it is not one stack of layers: its {type(config).__name__} counts none"
     if not model.can_generate():
         yield "it has no causal language modelling head (use an AutoModelForCausalLM)"
-    if not getattr(config, "is_causal", True) or getattr(config, "use_bidirectional_attention", False):
+    if not getattr(config, "is_causal", True) or getattr(config, "use_bidirectional_attention", None) not in (
+        None,
+        False,
+        "vision",
+    ):
         yield "its attention is not causal"
-    family = family_of(model.config)
-    parts = {key for key in model.config.sub_configs if key != "text_config"}
-    if model.config.model_type in BIDIRECTIONAL_IMAGES:
-        yield "the tokens of an image attend each other in both directions, which is not in this version (its text model alone is)"
-    elif parts - ({"vision_config"} if family and "vision" in family.HANDLES else set()):
-        yield "models with other parts than text (vision, audio) are in this version only where their type is listed"
 
 
 def _of_split_parameters(model: PreTrainedModel) -> Iterator[str]:
@@ -174,7 +185,7 @@ def _of_split_parameters(model: PreTrainedModel) -> Iterator[str]:
 def _of_layers(model: PreTrainedModel, config: PretrainedConfig) -> Iterator[str]:
     family = family_of(model.config)
     handled, mixers = (family.HANDLES, family.mixers(model)) if family else (frozenset(), {})
-    inside = {id(part) for mixer in mixers.values() for part in mixer.modules()}
+    inside = {id(part) for mixer in mixers.values() for part in mixer.modules()} | other_modules(model)
     for name, module in model.named_modules():
         kind = type(module).__name__
         if any(word in kind.lower() for word in RECURRENT) and id(module) not in inside and not _holds(module, inside):
@@ -195,12 +206,12 @@ def _of_layers(model: PreTrainedModel, config: PretrainedConfig) -> Iterator[str
         if getattr(config, key, None) and family is not None and "experts" not in handled:
             yield f"config.{key} is {getattr(config, key)}: mixtures of experts are not in this version"
     for name, module in attention_modules(model).items():
-        if not getattr(module, "is_causal", True):
+        if family is not None and not getattr(module, "is_causal", True):
             yield f"{name}.is_causal is False: its attention is not causal"
-        window = window_of(module, config)
+        window = window_said(module, config)
         if window is not None and (not isinstance(window, int) or window < 1):
             yield f"{name} has a sliding window of {window}: it must be a whole number from 1, or None for full attention"
-        if window is not None and "sliding_window" not in _keywords(module):
+        if family is not None and window is not None and "sliding_window" not in _keywords(module):
             yield f"{name} has a sliding window of {window} that it does not pass to its attention"
 
 
@@ -239,8 +250,11 @@ def _rope_types(config: PretrainedConfig) -> list[str]:
 
 def _of_interface(model: PreTrainedModel, config: PretrainedConfig) -> Iterator[str]:
     found = token_mixers(model)
-    layers = (family_of(model.config) or attention_only).mixing(config)
-    if len(found) != layers:
+    family = family_of(model.config)
+    layers = (family or attention_only).mixing(config)
+    made = sum(isinstance(module, GradientCheckpointingLayer) for module in model.get_decoder().modules())
+    enough = family is None and len(found) >= (min(layers, made) or layers)  # HRM runs a layer several times, and counts its calls
+    if len(found) != layers and not enough:
         yield (
             f"{len(found)} modules mix tokens through transformers' attention interface or in a way that ds_cp knows, in "
             f"{layers} layers, so others could not be sharded"

@@ -56,6 +56,7 @@ SIZES: Mapping[str, int] = {
     **dict.fromkeys(("index_topk", "keep_window_size"), 5),
     **dict.fromkeys(("floor_scale", "log_scaling_n_floor", "rel_extent", "index_block_size", "block_size"), 4),
     "index_topk_blocks": 2,
+    "num_layers_per_stack": 1,
 }
 """What a field of this name becomes where it is a larger number."""
 
@@ -63,7 +64,16 @@ OTHER = 16
 """The same for whole numbers of other names: what counts tokens must be reached by a short row."""
 STAY = ("theta", "scal", "multiplier", "factor", "type_", "_per_", "num_kv_shared_layers")
 
-LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers", "num_decoder_layers")
+LAYERS = (
+    "num_hidden_layers",
+    "n_layer",
+    "n_layers",
+    "num_layers",
+    "decoder_layers",
+    "encoder_layers",
+    "num_decoder_layers",
+    "depth",
+)
 KV = ("num_key_value_heads", "num_kv_heads", "swa_num_key_value_heads", "num_global_key_value_heads")
 WINDOWS = ("sliding_window", "local_attention", "window_size", "sliding_window_size", "attention_chunk_size")
 NOT_SIZES = (
@@ -85,13 +95,16 @@ def twin_config(config: PretrainedConfig) -> PretrainedConfig:
         Exception: whatever the config's class says of the values.
     """
     values = {key: value for key, value in copy.deepcopy(config.to_dict()).items() if key not in NOT_SIZES}
+    parts = {key: part for key in config.sub_configs if isinstance(part := getattr(config, key, None), PretrainedConfig)}
     kept = _kept_layers(config, values)
     if values.get("num_kv_shared_layers"):  # the last layers take keys and values of an earlier one of their kind
         kept, values["num_kv_shared_layers"] = kept * 2, len(kept)
     query = next((values[key] for key in QUERY if isinstance(values.get(key), int)), None)
     for key, value in values.items():
-        if key in LAYERS:
-            values[key] = len(kept)
+        if key in parts:
+            values[key] = twin_config(parts[key]).to_dict()
+        elif key in LAYERS:
+            values[key] = len(kept) or 2
         elif isinstance(value, list) and kept and len(value) == config.num_hidden_layers:
             values[key] = [value[index] for index in kept]
             if key in QUERY_BY_LAYER:
@@ -123,7 +136,9 @@ def twin_config(config: PretrainedConfig) -> PretrainedConfig:
 
 def _kept_layers(config: PretrainedConfig, values: dict[str, Any]) -> list[int]:
     """Indices of the first layer of each kind, as the config's lists by layer tell kinds apart."""
-    layers = config.num_hidden_layers
+    layers = getattr(config, "num_hidden_layers", 0)
+    if not layers:  # of a model of several parts: each has its own
+        return []
     lists = [value for value in values.values() if isinstance(value, list) and len(value) == layers]
     kinds = [repr([value[index] for value in lists]) for index in range(layers)]
     kept = sorted({kinds.index(kind) for kind in kinds})[:6]

@@ -29,11 +29,15 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ds_cp import batch as batches
 from ds_cp import comm
-from ds_cp.batch import BOUND_KEYS, SequenceContext
+from ds_cp.batch import BOUND_KEYS, DOCUMENT_KEYS, TOKEN_KEYS, SequenceContext
 from ds_cp.mesh import Mesh
+from ds_cp.models import family_of
+from ds_cp.models.lm_head import CALL_KEYS
 
 PIXELS: Mapping[str, str] = {"image": "pixel_values", "video": "pixel_values_videos"}
 KEYS = (*PIXELS.values(), "image_grid_thw", "video_grid_thw", "second_per_grid_ts", "mm_token_type_ids", "mm_encoder_outputs")
+PLACEHOLDERS = tuple(f"{kind}_token_{name}" for kind in ("image", "video", "audio") for name in ("id", "index"))
+"""Fields of configs with the token that stands where an image or sound is put in."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,36 @@ class Encoded:
 
 
 def has_vision(config: PretrainedConfig) -> bool:
-    return "vision_config" in config.sub_configs
+    """Whether ds_cp shards the images of this type, and not only its text."""
+    family = family_of(config)
+    return family is not None and "vision" in family.HANDLES
+
+
+def parts(config: PretrainedConfig) -> dict[str, PretrainedConfig]:
+    """The configs of a model's parts beside its text (vision, audio), by key."""
+    text = config.get_text_config()
+    found = {key: getattr(config, key, None) for key in config.sub_configs}
+    return {key: part for key, part in found.items() if isinstance(part, PretrainedConfig) and part is not text}
+
+
+def has_parts(config: PretrainedConfig) -> bool:
+    return bool(parts(config))
+
+
+def refuse_parts(given: dict[str, Any], config: PretrainedConfig) -> None:
+    """Raises a ValueError for pixels, sound and their tokens in a batch for a model of which the text alone is sharded."""
+    if not has_parts(config) or has_vision(config):
+        return
+    known, ids_BS = (*TOKEN_KEYS, *DOCUMENT_KEYS, *CALL_KEYS), given.get("input_ids")
+    other = next((key for key, x in given.items() if isinstance(x, Tensor) and x.ndim and key not in known), None)
+    if other is None and ids_BS is not None:
+        places = {key: getattr(config, key, None) for key in PLACEHOLDERS}
+        other = next((f"tokens of {key}" for key, token in places.items() if token is not None and (ids_BS == token).any()), None)
+    if other is not None:
+        raise ValueError(
+            f"batch: {other}: of {config.model_type} only the text is sharded in this version, not images or sound; leave them "
+            "out, or set sequence_parallel.size to 1"
+        )
 
 
 def deal(patches: Sequence[int], ranks: int) -> list[int]:

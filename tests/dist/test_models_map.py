@@ -10,21 +10,22 @@ import pytest
 from scripts import models_map
 
 SAMPLE = (
-    *("gpt2", "opt", "bert", "biogpt", "phi", "persimmon", "gpt_bigcode"),  # learned positions, partial rotary, one key/value head
-    *("glm4", "cohere", "helium", "exaone4", "nanochat", "minicpm3", "modernbert-decoder"),  # norms, scales, windows, latent attention
+    *("gpt2", "opt", "bert", "diffllama", "phi", "fuyu", "gpt_bigcode"),  # learned positions, partial rotary, one key/value head
+    *("glm4", "hrm_text", "gemma4_unified", "exaone4", "nanochat", "minicpm3", "modernbert-decoder"),  # norms, scales, windows, latent attention
     *("qwen2_moe", "granitemoe_swa", "laguna", "jetmoe", "mimo_v2_flash", "gemma4_text"),  # experts, sinks, heads by layer
     *("falcon", "doge", "mamba2", "inkling_text", "deepseek_v32"),  # refused
 )
 
 
 @pytest.fixture(scope="module")
-def page() -> dict[str, tuple[str, str]]:
+def page() -> dict[str, models_map.Found]:
     return models_map.read(models_map.PAGE.read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("model_type", SAMPLE)
-def test_the_page_says_what_comes_out(pool, page: dict[str, tuple[str, str]], model_type: str) -> None:
-    for state, said in pool(2).run(models_map.outcome, model_type=model_type):
+def test_the_page_says_what_comes_out(pool, page: dict[str, models_map.Found], model_type: str) -> None:
+    for state, said, through in pool(2).run(models_map.outcome, model_type=model_type):
         assert state == page[model_type][0], said
+        assert through is page[model_type][2]
         if state == "refused":
             assert said == page[model_type][1]

@@ -73,17 +73,15 @@ def llama4(**changes: Any) -> PreTrainedModel:
     return small("llama4_text", intermediate_size_mlp=32, num_local_experts=0, moe_layers=[], **changes)
 
 
-def gemma3() -> PretrainedConfig:
-    text = {**SMALL, "layer_types": ["full_attention"] * 2}
+def gemma3(**changes: Any) -> PretrainedConfig:
+    text = {**SMALL, "layer_types": ["full_attention"] * 2, **changes}
     vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}
     return CONFIG_MAPPING["gemma3"](text_config=text, vision_config=vision, mm_tokens_per_image=4)
 
 
-def llava() -> PretrainedConfig:
-    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}
-    return CONFIG_MAPPING["llava"](
-        text_config={"model_type": "llama", **SMALL}, vision_config={"model_type": "siglip_vision_model", **vision}
-    )
+def blt() -> PreTrainedModel:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(CONFIG_MAPPING["blt"]())
 
 
 REFUSED = {
@@ -133,11 +131,11 @@ REFUSED = {
         "encoder-decoder",
     ),
     "no language modelling head": (lambda: small("llama").model, "no causal language modelling head"),
-    "images in both directions (gemma3)": (
-        lambda: AutoModelForImageTextToText.from_config(gemma3()),
-        "the tokens of an image attend each other in both directions",
+    "both directions (gemma3)": (
+        lambda: AutoModelForImageTextToText.from_config(gemma3(use_bidirectional_attention=True)),
+        "its attention is not causal",
     ),
-    "another tower (llava)": (lambda: AutoModelForImageTextToText.from_config(llava()), "only where their type is listed"),
+    "several stacks (blt)": (lambda: blt(), "it is not one stack of layers"),
     "bidirectional (llama)": (lambda: small("llama", is_causal=False), "its attention is not causal"),
     "not a transformers model": (lambda: torch.nn.Linear(2, 2), "not a transformers PreTrainedModel"),
 }

@@ -8,13 +8,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, PreTrainedModel
 
 from ds_cp import selftest
 from ds_cp.batch import count_targets
-from ds_cp.models import checks, family_vision, vision
+from ds_cp.models import checks, family_vision, trial, vision
 from tests.dist import pictures
 from tests.dist.pictures import row, text
-from tests.unit.test_models import alone, attached
+from tests.unit.test_models import SMALL, alone, attached
 
 
 @given(st.lists(st.integers(1, 500), max_size=40), st.integers(1, 9))
@@ -53,6 +54,31 @@ def test_positions_of_a_packed_row_are_those_of_its_documents(model_type: str) -
 def test_only_the_language_model_is_sharded() -> None:
     model = selftest.tiny_model("qwen3_vl")
     assert list(checks.attention_modules(model)) == [f"model.language_model.layers.{i}.self_attn" for i in range(2)]
+
+
+def llava() -> PreTrainedModel:
+    """A tower that no family lists, before a Llama."""
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}
+    vision = {"model_type": "siglip_vision_model", **vision}
+    config = CONFIG_MAPPING["llava"](text_config={"model_type": "llama", **SMALL}, vision_config=vision, image_token_id=63)
+    return AutoModelForImageTextToText.from_config(config)
+
+
+def test_of_other_towers_the_text_alone_is_sharded() -> None:
+    model = llava()
+    trial.refuse(model)
+    ids = torch.arange(3, 40).unsqueeze(0)
+    before = model(input_ids=ids, labels=ids)
+    handle = attached(model)
+    assert model.model.vision_tower.config._attn_implementation == "sdpa", "the tower keeps its own"
+    assert list(checks.attention_modules(model)) == [f"model.language_model.layers.{i}.self_attn" for i in range(2)]
+    torch.testing.assert_close(model(input_ids=ids, labels=ids).loss, before.loss, rtol=1e-5, atol=0)
+    with pytest.raises(ValueError, match="pixel_values: of llava only the text is sharded"):
+        model(input_ids=ids, labels=ids, pixel_values=torch.zeros(1, 3, 28, 28))
+    with pytest.raises(ValueError, match="tokens of image_token_id: of llava only the text is sharded"):
+        model(input_ids=torch.full_like(ids, 63), labels=ids)
+    handle.remove()
+    assert torch.equal(model(input_ids=ids, labels=ids).logits, before.logits)
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
