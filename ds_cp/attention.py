@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from ds_cp import comm, reshard
+from ds_cp.balance import Window
 from ds_cp.batch import SequenceContext
 from ds_cp.head_chunks import AttentionByHeads
 from ds_cp.kernels.attention import Score
@@ -40,7 +41,7 @@ def attend(
     v_1MTH: Tensor,
     context: SequenceContext,
     score: Score,
-    window: int | None = None,
+    window: Window = None,
     sink_N: Tensor | None = None,
 ) -> Tensor:
     """Attention of this rank's local tokens to the whole row, within documents.
@@ -48,7 +49,7 @@ def attend(
     Args:
         q_1NTH, k_1MTH, v_1MTH: local tokens as HF's attention interface hands them over, positions already applied.
         score: what becomes of q . k.
-        window: keys that a query attends at most, its own included; one of `context.methods.windows`.
+        window: keys that a query attends at most, its own included, or its chunk's; one of `context.methods.windows`.
         sink_N: a learned score of every query head, of a key without value.
 
     Returns:

@@ -33,8 +33,20 @@ BALANCED = 0.97
 """Mean over busiest rank, in pairs: an m that stays below it is left out where another reaches it. Pairs are certain, the price of
 a call is of one GPU and one number of heads."""
 
-Window = int | None
-"""A query attends this many keys at most, its own included; None: all before it."""
+
+@dataclass(frozen=True)
+class Chunks:
+    """A query attends the keys before it in its own chunk, of which its document is cut into from its start."""
+
+    size: int
+
+    def of(self, documents: Sequence[int]) -> tuple[int, ...]:
+        """Boundaries of the chunks of documents (cu_seqlens both): to attend a chunk is to attend a document of that size."""
+        return tuple(sorted({*documents, *(at for start, end in pairwise(documents) for at in range(start, end, self.size))}))
+
+
+Window = int | Chunks | None
+"""A query attends this many keys at most, its own included; those of its chunk; None: all before it."""
 
 
 class Pairs:
@@ -60,6 +72,8 @@ class Pairs:
 
 def pairs_of_first(tokens: int, window: Window) -> int:
     """Pairs that a document's first `tokens` queries attend."""
+    if isinstance(window, Chunks):
+        return tokens // window.size * pairs_of_first(window.size, None) + pairs_of_first(tokens % window.size, None)
     if window is None or tokens <= window:
         return tokens * (tokens + 1) // 2
     return window * (window + 1) // 2 + (tokens - window) * window

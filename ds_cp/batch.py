@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ds_cp import layout as layouts
 from ds_cp import tiles
+from ds_cp.balance import Chunks, Window
 from ds_cp.layout import Layout
 from ds_cp.mesh import Mesh
 from ds_cp.placement import Held, Methods, bounds_on, place
@@ -52,7 +53,7 @@ class SequenceContext:
     methods: Methods
     layout: Layout
     """Of attention."""
-    plans: Mapping[int | None, tiles.Plan]
+    plans: Mapping[Window, tiles.Plan]
     """This rank's tiles by the layer's window; None is full attention."""
     held: Held
     documents: tuple[int, ...]
@@ -132,14 +133,18 @@ def _is_gathered(layout: Layout, documents: tuple[int, ...], methods: Methods) -
 
 def _plans(
     layout: Layout, mesh: Mesh, documents: tuple[int, ...], methods: Methods, gathered: bool, device: torch.device
-) -> dict[int | None, tiles.Plan]:
+) -> dict[Window, tiles.Plan]:
     """Once a window, not once a layer; one that no document of the row fills is none."""
     longest = max(end - start for start, end in pairwise(documents))
-    full = (tiles.plan_gathered if gathered else tiles.plan)(layout, mesh.ring.rank, documents)
-    found: dict[int | None, tiles.Plan] = {None: _on_device(full, device)}
+    full = tiles.plan_gathered if gathered else tiles.plan
+    found: dict[Window, tiles.Plan] = {None: _on_device(full(layout, mesh.ring.rank, documents), device)}
     for window in set(methods.windows) - {None}:
-        plan = tiles.plan_window(layout, mesh.ring.rank, documents, window) if window < longest else None
-        found[window] = found[None] if plan is None else _on_device(plan, device)
+        if (window.size if isinstance(window, Chunks) else window) >= longest:
+            found[window] = found[None]
+        elif isinstance(window, Chunks):
+            found[window] = _on_device(full(layout, mesh.ring.rank, window.of(documents)), device)
+        else:
+            found[window] = _on_device(tiles.plan_window(layout, mesh.ring.rank, documents, window), device)
     return found
 
 

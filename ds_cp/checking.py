@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from ds_cp import config, layout, preflight, topology
+from ds_cp.balance import Chunks
 from ds_cp.models import checks, mlp, trial
 
 Heads = list[tuple[int, int]]
@@ -104,7 +105,8 @@ def _chunks(block: config.Config, degrees: topology.Topology, heads: Heads, pass
 
 def _windows(model: PreTrainedModel) -> str:
     found = dict.fromkeys(checks.windows(model))
-    return ", ".join("full attention" if window is None else f"{window} tokens" for window in found)
+    said = {None: "full attention", **{window: f"chunks of {window.size} tokens" for window in found if isinstance(window, Chunks)}}
+    return ", ".join(said.get(window, f"{window} tokens") for window in found)
 
 
 def _batch(ds_config: Mapping[str, Any], degrees: topology.Topology) -> dict[str, str]:

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from ds_cp import agreement, comm, factor, launch, layout, mesh, preflight, topology, watch
 from ds_cp import batch as batches
 from ds_cp import config as configs
+from ds_cp.balance import Chunks
 from ds_cp.batch import Methods
 from ds_cp.config import Config
 from ds_cp.kernels import choice, probe
@@ -231,7 +232,7 @@ def _wrong_kernel(methods: Methods, model: nn.Module, degrees: topology.Topology
         query_heads=split.query,
         kv_heads=split.kv,
         head_size=checks.head_size(model),
-        windows=methods.windows,
+        windows=tuple(None if isinstance(window, Chunks) else window for window in methods.windows),
         softcap=getattr(config, "attn_logit_softcapping", None),
         rectangles=degrees.ring > 1,
     )

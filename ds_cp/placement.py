@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ds_cp import comm, convolution
 from ds_cp import layout as layouts
+from ds_cp.balance import Window
 from ds_cp.kernels import delta as deltas
 from ds_cp.layout import Layout, Route
 from ds_cp.mesh import Mesh
@@ -42,8 +43,8 @@ class Methods:
     """None for a model without Gated DeltaNet layers."""
     linear: Literal["heads", "state"] = "heads"
     """How those layers are sharded: heads over all ranks of a row, or heads over ulysses and state passed along the ring."""
-    windows: tuple[int | None, ...] = (None,)
-    """Of every attention layer: how many keys a query attends, its own included; None for all before it."""
+    windows: tuple[Window, ...] = (None,)
+    """Of every attention layer: how many keys a query attends, its own included; a chunk's; None for all before it."""
     head_chunks: int = 1
     """Groups of a rank's query heads that go through the all-to-all one after another."""
     halo: int = 0

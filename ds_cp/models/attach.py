@@ -23,12 +23,13 @@ from transformers import AttentionInterface, PreTrainedModel
 from ds_cp import batch as batches
 from ds_cp import comm
 from ds_cp.attention import attend
+from ds_cp.balance import Chunks, Window
 from ds_cp.batch import Methods, SequenceContext
 from ds_cp.kernels.attention import Score
 from ds_cp.late import Late
 from ds_cp.loss import LOCAL, CausalLMLoss
 from ds_cp.mesh import Mesh
-from ds_cp.models import family_of, lm_head, mlp, routers, vision
+from ds_cp.models import counted, family_of, lm_head, mlp, routers, vision
 from ds_cp.models.checks import attention_modules, token_mixers, window_of
 from ds_cp.models.relay import relays
 from ds_cp.models.same_row import SameRow, check_plan
@@ -91,8 +92,11 @@ class Handle:
         self._routers = routers.Door(self.model)
         self._routers.apply()
         self._vision = vision.Door(self.model, self.mesh)
+        self._counted = counted.Door(self.model)
+        self._counted.apply()
         self._offload = Offload() if self.activation_offload else None
         family = family_of(self.model.config)
+        self._computes_its_loss = family is None and counted.computes_its_loss(self.model)  # which the trial has compared then
         undo = [family.attach(module) for module in family.mixers(self.model).values()] if family else []
         undo += [relay.remove for relay in relays(self.model, attention_modules(self.model))]
         hooks = [
@@ -114,6 +118,7 @@ class Handle:
         self._head.remove()
         self._mlps.remove()
         self._routers.remove()
+        self._counted.remove()
         self._set_attention(implementation)
         if loss is None:
             del self.model._loss_function
@@ -165,13 +170,17 @@ class Handle:
         self._same_row.check(given, device)
         census = None if self._checked else Census()
         asked = {key: given.pop(key, None) for key in lm_head.CALL_KEYS}
+        if self._computes_its_loss and asked["token_values"] is None:
+            given = counted.unshifted(given, module)
         rest = self._routers.begin(given.pop(routers.KEY, None))
         encoded, ids = self._vision.begin(given, device), given.get("input_ids")
         local, context = batches.prepare(given, self.mesh, self.methods, device, census)
         if census is not None:
             check_plan(context, device)
         rest |= self._vision.end(encoded, ids, context)
+        self._counted.begin(local["position_ids"], given.get("position_ids"))
         self._head.begin(asked, local, context)
+        self._targets = local.pop("labels", None) if self._computes_its_loss else None
         if self._offload is not None and torch.is_grad_enabled():
             self._begin_offload(local["position_ids"].shape[-1])
         return (), {**local, **rest, "use_cache": False, "cp": context}
@@ -203,6 +212,11 @@ class Handle:
         if context.census is not None:
             context.census.check(token_mixers(module))
             self._checked = True
+        if self._targets is not None:
+            loss = self._loss_function(
+                output.logits, self._targets, cp=context, num_items_in_batch=kwargs.get("num_items_in_batch")
+            )
+            output = counted.with_loss(output, loss)
         output = self._routers.end(self._head.end(output, context), context)
         logits = getattr(output, "logits", None)
         if isinstance(logits, Tensor):
@@ -251,6 +265,7 @@ def attention_forward(
     if cp.census is not None:
         cp.census.calls[id(module)] += 1
     score = Score(query.shape[-1] ** -0.5 if scaling is None else scaling, kwargs.get("softcap") or None)
+    query = counted.with_temperature(module, query, kwargs.get("position_ids"))
     window, size = _window(module, kwargs.get("sliding_window"), cp), value.shape[-1]
     if size != query.shape[-1]:  # latent attention
         query, key, value = _of_one_size(query, key, value)
@@ -263,9 +278,11 @@ def _of_one_size(*tensors: Tensor) -> list[Tensor]:
     return [functional.pad(x, (0, size - x.shape[-1])) for x in tensors]
 
 
-def _window(module: nn.Module, given: int | None, cp: SequenceContext) -> int | None:
-    """The layer's window, which must be one that the batch was planned for."""
+def _window(module: nn.Module, given: int | None, cp: SequenceContext) -> Window:
+    """The layer's window, which must be one that the batch was planned for. Nobody tells attention of chunks."""
     config = getattr(module, "config", None)
+    if given is None and config is not None and isinstance(chunks := window_of(module, config), Chunks):
+        return chunks
     if given not in cp.plans or given != (given if config is None else window_of(module, config)):
         raise ValueError(
             f"model: {type(module).__name__} asks its attention for sliding_window={given}; its layers were found to have "

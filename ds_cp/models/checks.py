@@ -13,11 +13,13 @@ from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ds_cp.balance import Chunks, Window
 from ds_cp.kernels.delta import Shapes
-from ds_cp.models import attention_only, family_of, vision
+from ds_cp.models import attention_only, counted, family_of, vision
 
 RECURRENT = ("deltanet", "deltaattention", "mamba", "recurrent", "rwkv", "shortconv", "linearattention", "lightningattention")
 LAYER_TYPES = ("full_attention", "sliding_attention")
+CHUNKED = "chunked_attention"
 ENCODER_ATTENTION = "encoder_attn"
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
@@ -52,14 +54,17 @@ def token_mixers(model: nn.Module) -> dict[str, nn.Module]:
     return {**attention_modules(model), **(family.mixers(model) if family else {})}
 
 
-def windows(model: PreTrainedModel) -> tuple[int | None, ...]:
-    """Of each attention layer the number of keys that a query attends, None for all before it."""
+def windows(model: PreTrainedModel) -> tuple[Window, ...]:
+    """Of each attention layer the number of keys that a query attends, or its chunks, None for all before it."""
     config = model.config.get_text_config()
     return tuple(window_of(module, config) for module in attention_modules(model).values()) or (None,)
 
 
-def window_of(module: nn.Module, config: PretrainedConfig) -> int | None:
+def window_of(module: nn.Module, config: PretrainedConfig) -> Window:
     """The keys that a query of the layer attends; None for all before it, and for a window that its attention is never told."""
+    kinds, index = getattr(config, "layer_types", None), getattr(module, "layer_idx", None)
+    if kinds and index is not None and kinds[index] == CHUNKED:
+        return Chunks(config.attention_chunk_size)
     window = window_said(module, config)
     return window if window is None or "sliding_window" in _keywords(module) else None
 
@@ -195,11 +200,8 @@ def _of_layers(model: PreTrainedModel, config: PretrainedConfig) -> Iterator[str
         if name.rsplit(".", 1)[-1] == "mtp":
             yield f"{name} predicts several tokens at once, which is not in this version; load the model without it"
     for index, kind in enumerate(getattr(config, "layer_types", None) or ()):
-        if kind == "chunked_attention":
-            yield (
-                f"layer {index} is {kind}: transformers cuts its chunks by columns of the row, through documents, and numbers "
-                "positions for its attention temperature from the start of every shard"
-            )
+        if kind == CHUNKED and family is None and isinstance(getattr(config, "attention_chunk_size", None), int):
+            continue
         if kind not in LAYER_TYPES and kind not in handled:
             yield f"layer {index} is {kind}: only {' and '.join(LAYER_TYPES)} layers are in this version"
     for key in ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"):
@@ -225,7 +227,7 @@ def _of_scores(model: PreTrainedModel, config: PretrainedConfig) -> Iterator[str
         for name, module in attention_modules(model).items():
             if "softcap" not in _keywords(module):
                 yield f"{name} has a softcap of {config.attn_logit_softcapping} that it does not pass to its attention"
-    if getattr(config, "attn_temperature_tuning", False):
+    if getattr(config, "attn_temperature_tuning", False) and (family_of(config) or not counted.tempered(model)):
         yield "config.attn_temperature_tuning numbers positions from the start of every shard"
     for key, value in vars(config).items():
         if "drop" in key and ("att" in key or "layer" in key) and isinstance(value, float) and value:

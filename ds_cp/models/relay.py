@@ -15,9 +15,10 @@ KEY = "cp"
 class Relay:
     """From one layer to its attention, which takes keywords."""
 
-    def __init__(self, layer: nn.Module, attention: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, attention: nn.Module, key: str = KEY) -> None:
+        self._key = key
         self._given: list[Any] = []
-        """Contexts of the layer's calls that have not returned."""
+        """What the layer's calls that have not returned were given."""
         self._hooks = [
             layer.register_forward_pre_hook(self._enter, with_kwargs=True),
             layer.register_forward_hook(self._leave, always_call=True),
@@ -29,15 +30,15 @@ class Relay:
             hook.remove()
 
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self._given.append(kwargs.get(KEY))
+        self._given.append(kwargs.get(self._key))
 
     def _leave(self, *_: Any) -> None:
         self._given.pop()
 
     def _hand_over(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-        if kwargs.get(KEY) is not None or not self._given or self._given[-1] is None:
+        if kwargs.get(self._key) is not None or not self._given or self._given[-1] is None:
             return None
-        return args, {**kwargs, KEY: self._given[-1]}
+        return args, {**kwargs, self._key: self._given[-1]}
 
 
 def relays(model: nn.Module, attentions: dict[str, nn.Module]) -> list[Relay]:

@@ -26,7 +26,7 @@ from ds_cp.batch import IGNORE, Methods
 from ds_cp.kernels import attention as kernels
 from ds_cp.loss import CausalLMLoss
 from ds_cp.mesh import AxisGroup, Mesh
-from ds_cp.models import attach, checks, family_of, routers
+from ds_cp.models import attach, checks, counted, family_of, routers
 from ds_cp.models.relay import relays
 from ds_cp.models.twin import VOCABULARY, twin
 from ds_cp.topology import Topology
@@ -155,10 +155,12 @@ def mixes(model: PreTrainedModel) -> str | None:
     AttentionInterface.register(IMPLEMENTATION, own_token)
     model.set_attn_implementation(IMPLEMENTATION)
     heads: list[tuple[int, int]] = []
-    doors = relays(model, checks.attention_modules(model))
+    positions = counted.Door(model)
+    positions.apply()
+    doors = [*relays(model, checks.attention_modules(model)), positions]
     try:
-        (whole,), wanted = _without_attention(model, (tuple(range(TOKENS)),), heads)
-        parts, found = _without_attention(model, SHARDS, heads)
+        (whole,), wanted = _without_attention(model, (tuple(range(TOKENS)),), heads, positions)
+        parts, found = _without_attention(model, SHARDS, heads, positions)
     except Exception as error:
         return f"a shard of it could not run ({_first_line(error)})"
     finally:
@@ -168,7 +170,7 @@ def mixes(model: PreTrainedModel) -> str | None:
 
 
 def _without_attention(
-    model: PreTrainedModel, shards: tuple[tuple[int, ...], ...], heads: list[tuple[int, int]]
+    model: PreTrainedModel, shards: tuple[tuple[int, ...], ...], heads: list[tuple[int, int]], counts: counted.Door
 ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
     """Outputs of modules on each shard, and the gradients of a sum over all tokens of all shards; `heads` are added to."""
     ids, positions = rows()[0][0]["input_ids"], torch.arange(TOKENS).unsqueeze(0)
@@ -176,6 +178,7 @@ def _without_attention(
     seen = []
     for shard in shards:
         at = torch.tensor(shard)
+        counts.begin(positions[:, at])
         with _noted(model, len(shard)) as outputs:
             logits = model(input_ids=ids[:, at], position_ids=positions[:, at], use_cache=False, cp=heads).logits
         seen.append({**outputs, "": logits.detach()})

@@ -129,8 +129,7 @@ def twin_config(config: PretrainedConfig) -> PretrainedConfig:
             values[key] = min(value, OTHER)
     if isinstance(values.get("eos_token_id"), list):
         values["eos_token_id"] = 2
-    if "initializer_range" in values:
-        values["initializer_range"] = 0.2
+    values |= {key: 0.2 for key in ("initializer_range", "init_std") if key in values}
     return type(config)(**values)
 
 

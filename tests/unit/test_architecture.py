@@ -55,7 +55,7 @@ IMPORTS = _table(
         "kernels.choice": "tiles kernels.attention kernels.sums",
         "reshard": "layout comm",
         "convolution": "layout comm",
-        "placement": "layout mesh comm convolution kernels.delta",
+        "placement": "balance layout mesh comm convolution kernels.delta",
         "batch": "layout tiles mesh",
         "packing": "batch",
         "ring": "tiles comm batch lanes",
@@ -80,7 +80,7 @@ IMPORTS = _table(
         "trainer": "engine",
         "selftest": "engine kernels.attention tiles batch models",
         "explain": "balance layout tiles",
-        "checking": "config layout preflight topology models",
+        "checking": "balance config layout preflight topology models",
         "machines": "comm mesh tiles kernels.attention kernels.choice",
         "prove": "checking comm config engine factor launch machines mesh models placement preflight selftest topology",
         "cli": "config planner selftest explain",
@@ -91,17 +91,18 @@ IMPORTS = _table(
 BEYOND = _table(
     {
         "head_chunks": "topology reshard tiles kernels.attention",  # the head split; who receives which; Plan; Score
-        "attention": "topology reshard layout kernels.attention",  # the head split; tokens not held in its order; Score
-        "batch": "placement",  # what ranks hold
+        # the head split; tokens not held in its order; Score; Window
+        "attention": "topology reshard layout kernels.attention balance",
+        "batch": "placement balance",  # what ranks hold; Window
         "delta": "topology reshard mesh",  # the head split; moving heads; the axis that shares them
         "ring": "kernels.merge kernels.sums kernels.attention",  # merging; what sums gradients; Score
         "loader": "models",  # the mesh and the reduction of an engine's model
         "loss": "batch tiled_head",  # SequenceContext and IGNORE; what a token's loss is made of
-        # same-row check; shapes of recurrent layers; tiles; Score; the balance loss; the one rank of a trial
-        "models": "watch late comm mesh topology kernels.delta kernels.attention tiled_head token_values tiled_module offload "
-        "router_loss convolution",
-        # the public function; who is there; the process group; what ranks must have alike
-        "engine": "token_values watch launch agreement",
+        # windows and chunks; same-row check; shapes of recurrent layers; tiles; Score; the balance loss; the one rank of a trial
+        "models": "balance watch late comm mesh topology kernels.delta kernels.attention tiled_head token_values tiled_module "
+        "offload router_loss convolution",
+        # the public function; who is there; the process group; what ranks must have alike; chunks, which no kernel is asked about
+        "engine": "balance token_values watch launch agreement",
         "launch": "config agreement",  # a config that one rank cannot read, or reads otherwise, ends all of them
         # reads the block, counts targets and verifies the factor as engine does; stopping and saving
         "trainer": "batch comm config factor mesh deal reliable agreement preflight",

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from ds_cp import balance, tiles
 from ds_cp import layout as layouts
+from ds_cp.balance import Chunks, Window
 from ds_cp.layout import Layout
 from ds_cp.tiles import Tile
 
@@ -57,6 +58,14 @@ def allowed(documents: Sequence[int], window: int | None = None) -> torch.Tensor
     document = sum((token >= start).long() for start in documents[1:])
     distance = token[:, None] - token[None, :]
     return (document[:, None] == document[None, :]) & (distance >= 0) & (distance < (window or len(token)))
+
+
+def in_chunks(documents: Sequence[int], size: int) -> torch.Tensor:
+    """[S, S], from the definition: allowed, and as many whole chunks between the document's start and the key as to the query."""
+    token = torch.arange(documents[-1])
+    starts = torch.tensor(documents)
+    chunk = (token - starts[torch.bucketize(token, starts, right=True) - 1]) // size
+    return allowed(documents) & (chunk[:, None] == chunk[None, :])
 
 
 def pairs(tile: Tile) -> torch.Tensor:
@@ -179,6 +188,14 @@ def test_zigzag_balances_every_ring_step_but_the_first(ring: int, chunk: int) ->
 @given(data=st.data())
 def test_every_allowed_pair_is_computed_exactly_once_and_nothing_else(ring: int, data: st.DataObject) -> None:
     assert_exact(*data.draw(rows(rings=(ring,))))
+
+
+@given(rows(), st.integers(1, 40))
+def test_chunks_are_documents(row: tuple[Layout, tuple[int, ...]], size: int) -> None:
+    plan, documents = row
+    cut = Chunks(size).of(documents)
+    assert torch.equal(in_chunks(documents, size), allowed(cut))
+    assert_exact(plan, cut)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -393,10 +410,9 @@ def test_auto_goes_by_the_documents() -> None:
     assert layouts.build("auto", 2**18, 4, 1, documents) != layouts.build("zigzag", 2**18, 4, 1)
 
 
-@given(rows(), st.lists(st.one_of(st.none(), st.integers(1, 40)), min_size=1, max_size=3))
-def test_costs_are_the_pairs_that_a_chunks_queries_attend(row: tuple[Layout, tuple[int, ...]], windows: list[int | None]) -> None:
+@given(rows(), st.lists(st.one_of(st.none(), st.integers(1, 40), st.builds(Chunks, st.integers(1, 40))), min_size=1, max_size=3))
+def test_costs_are_the_pairs_that_a_chunks_queries_attend(row: tuple[Layout, tuple[int, ...]], windows: list[Window]) -> None:
     plan, documents = row
-    token = torch.arange(plan.length)
-    near = [allowed(documents) & (token[:, None] - token[None, :] < (window or plan.length)) for window in windows]
+    near = [in_chunks(documents, w.size) if isinstance(w, Chunks) else allowed(documents, w) for w in windows]
     wanted = sum(mask.sum(1) for mask in near).unflatten(0, (-1, plan.chunk)).sum(1)
     assert balance.Pairs(documents, windows).of_chunks(plan.chunk, plan.length // plan.chunk) == wanted.tolist()

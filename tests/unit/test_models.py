@@ -68,11 +68,6 @@ def expert_parallel(by_deepspeed: bool = False) -> PreTrainedModel:
     return model
 
 
-def llama4(**changes: Any) -> PreTrainedModel:
-    """Without its experts, for which it would be refused as well."""
-    return small("llama4_text", intermediate_size_mlp=32, num_local_experts=0, moe_layers=[], **changes)
-
-
 def gemma3(**changes: Any) -> PretrainedConfig:
     text = {**SMALL, "layer_types": ["full_attention"] * 2, **changes}
     vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}
@@ -90,9 +85,8 @@ REFUSED = {
         lambda: with_config(small("llama"), layer_types=["chunked_attention", "full_attention"]),
         "layer 0 is chunked_attention",
     ),
-    "chunked layers (llama4_text)": (lambda: llama4(), "transformers cuts its chunks by columns of the row"),
-    "temperature by position (llama4_text)": (
-        lambda: llama4(layer_types=["full_attention"] * 2),
+    "temperature by position of another form (llama)": (
+        lambda: with_config(small("llama"), attn_temperature_tuning=True),
         "attn_temperature_tuning numbers positions from the start of every shard",
     ),
     "softcap that is not passed on (llama)": (
