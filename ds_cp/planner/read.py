@@ -78,7 +78,9 @@ def kept_by(norm: nn.Module, hidden: int) -> float:
 
 
 def _windows(model: PreTrainedModel) -> tuple[int | None, ...]:
-    return tuple(checks.windows(model)) if checks.attention_modules(model) else ()
+    """Chunks as windows of their size, which is the most that they cost."""
+    found = checks.windows(model) if checks.attention_modules(model) else ()
+    return tuple(getattr(window, "size", window) for window in found)
 
 
 def _experts(model: PreTrainedModel) -> int:
@@ -94,7 +96,7 @@ def _routed(model: PreTrainedModel) -> int:
 
 def _matrices(model: PreTrainedModel, outside: set[int]) -> tuple[int, int]:
     """Parameters of the language model's layers that multiply each token, of MLPs and of what mixes tokens."""
-    towers = checks.vision_modules(model)
+    towers = checks.other_modules(model)
     share = _routed(model) / _experts(model) if _experts(model) > 1 else 1.0
     found = [0.0, 0.0]
     for path, module in model.named_modules():
