@@ -10,10 +10,23 @@ from rich.table import Table
 
 from ds_cp.planner.choice import Choice
 from ds_cp.planner.machine import HOST_ADAM, HOST_GB_PER_S, RESERVE_GIB, Link
-from ds_cp.planner.memory import gib
+from ds_cp.planner.memory import Memory, gib
 from ds_cp.planner.search import Plan, Row
 
-COLUMNS = ("", "ulysses x ring x data", "ZeRO", "settings", "GiB", "host GiB", "GB sent", "s a step", "tokens/s a GPU")
+COLUMNS = (
+    "",
+    "ulysses x ring x data",
+    "ZeRO",
+    "settings",
+    "state GiB",
+    "kept",
+    "at work",
+    "in all",
+    "on the host",
+    "GB sent",
+    "s a step",
+    "tokens/s a GPU",
+)
 WIDTH = 150
 """Of the table where the shell does not say its own, or has less."""
 
@@ -85,12 +98,19 @@ def _cells(row: Row) -> list[str]:
         f"{degrees.ulysses} x {degrees.ring} x {degrees.data}",
         zero(row.choice),
         settings(row.choice),
+        *(f"{gib(size):.1f}" for size in _in_three(memory)),
         f"{gib(memory.peak):.1f}",
         f"{gib(memory.host):.0f}" if memory.host else "-",
         _three(row.traffic.sent / 1e9),
         _three(row.times.seconds),
         f"{row.tokens_per_second:,.0f}",
     ]
+
+
+def _in_three(memory: Memory) -> tuple[float, float, float]:
+    """Of the parts at the worst moment: the state with its gradients, what is kept for backward, what is at work."""
+    *state, kept, working = memory.parts.values()
+    return sum(state), kept, working
 
 
 def _three(value: float) -> str:

@@ -18,9 +18,10 @@ from ds_cp.planner.traffic import Traffic
 from ds_cp.topology import Topology
 
 SAME, TIED = 1.01, 1.03
-"""Of choices for the same degrees that are not slower than SAME times the fastest, the one with the fewest savings is taken. Those
-of different degrees within TIED come in the order of their savings, then those whose all-to-all (which is waited for) stays inside
-a host, then by what their links take, hidden or not: links are known least."""
+"""Of choices for the same degrees that are not slower than SAME times the fastest, the one with the fewest savings is taken, of
+these what sends least, then what takes least memory (ZeRO 2 before 0 and 1, and 3 where it is needed). Those of different degrees
+within TIED come in the order of their savings, then those whose all-to-all (which is waited for) stays inside a host, then by what
+their links take, hidden or not: links are known least."""
 MARGIN = 1.1
 """A choice fits when this times its predicted memory does."""
 
@@ -101,7 +102,7 @@ def plan(shape: Shape, machine: Machine, documents: tuple[int, ...]) -> Plan:
 def _best(rows: list[Row]) -> Row:
     fastest = min(row.times.seconds for row in rows)
     same = [row for row in rows if row.times.seconds <= SAME * fastest]
-    return min(same, key=lambda row: (row.choice.savings, row.times.seconds))
+    return min(same, key=lambda row: (row.choice.savings, row.traffic.sent, row.memory.peak))
 
 
 def _ranked(rows: list[Row]) -> list[Row]:

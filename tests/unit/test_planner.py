@@ -243,6 +243,14 @@ def test_the_best_come_first_and_what_they_save_is_needed(llama: Shape) -> None:
     assert found.fitting < total
 
 
+def test_an_all_to_all_stays_inside_a_host_among_equals(bench: ModuleType) -> None:
+    found = search.plan(bench.llama(8192, 28672, 128256, 64, 8, 128, 80), h100(256), (0, 1 << 20))
+    tied = [row for row in found.rows if row.tokens_per_second * search.TIED >= found.rows[0].tokens_per_second]
+    fewest = [row for row in tied if row.choice.savings == found.rows[0].choice.savings]
+    assert any(row.traffic.all_to_all.leaves for row in fewest)
+    assert not found.rows[0].traffic.all_to_all.leaves
+
+
 # The shell
 
 
