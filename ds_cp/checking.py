@@ -43,7 +43,8 @@ def check(
     preflight.refuse_other_parallelism(ds_config)
     loaded = read_model(model) if model else None
     pairs: Heads = ([heads] if heads else []) if loaded is None else checks.heads(loaded)
-    linear_heads = [] if loaded is None else [(shapes.value_heads, shapes.key_heads) for shapes in checks.linear_shapes(loaded)]
+    linear_heads = [] if loaded is None else checks.linear_heads(loaded)
+    passes = loaded is None or not checks.scan_heads(loaded)
     degrees = topology.resolve(
         block.size,
         block.ulysses_size,
@@ -52,9 +53,9 @@ def check(
         local_world=ranks_per_node or ranks,
         heads=pairs,
         linear_heads=linear_heads,
-        linear=block.linear_attention,
+        linear=block.linear_attention if passes else "heads",
     )
-    linear = topology.resolve_linear(block.linear_attention, degrees, linear_heads)
+    linear = topology.resolve_linear(block.linear_attention, degrees, linear_heads, passes)
     if loaded is not None and block.tiled_mlp is True:
         mlp.refuse(loaded)
     return {

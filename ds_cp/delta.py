@@ -18,6 +18,7 @@ Shapes: T local tokens, S tokens worked on, K key heads, V value heads, H key he
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,7 @@ from torch.nn import functional
 
 from ds_cp import reshard
 from ds_cp.batch import SequenceContext
+from ds_cp.layout import Route
 from ds_cp.mesh import AxisGroup
 from ds_cp.topology import HeadSplit, split_heads
 
@@ -56,17 +58,36 @@ def mix(q_TKH: Tensor, k_TKH: Tensor, v_TVG: Tensor, b_TV: Tensor, a_TV: Tensor,
     assert held.span is not None
     axis = mesh.seq if held.span.passing is None else mesh.ulysses
     split = split_heads(axis.size, v_TVG.shape[1], q_TKH.shape[1])
-    if held.to_delta is None:
-        qkv_SC = torch.cat([x.flatten(1) for x in (q_TKH, k_TKH, v_TVG)], dim=1)
-        return _rule(qkv_SC, b_TV, a_TV, q_TKH.shape[2], split, axis, layer, context)
-    shared = [reshard.by_receiver(x, axis.size // split.sharing, split.sharing).flatten(0, 1) for x in (q_TKH, k_TKH)]
-    own = [reshard.by_receiver(x, axis.size, 1).flatten(0, 1) for x in (v_TVG, torch.stack((b_TV, a_TV), dim=-1))]
-    size, value_size = q_TKH.shape[2], v_TVG.shape[2]
-    widths = (2 * split.kv * size + split.query * value_size, 2 * split.query)
-    qkv_SC, ba = reshard.to_heads([*shared, *own], widths, held.to_delta, axis.group)
-    out_SvG = _rule(qkv_SC, *ba.unflatten(1, (-1, 2)).unbind(-1), size, split, axis, layer, context)
-    parts = reshard.to_tokens(out_SvG.flatten(1), axis.size, held.to_delta, axis.group)
-    return parts.transpose(0, 1).reshape(v_TVG.shape)
+    qkv_SC, b_Sv, a_Sv = to_own_heads((q_TKH, k_TKH), v_TVG, (b_TV, a_TV), split, axis, held.to_delta)
+    out_SvG = _rule(qkv_SC, b_Sv, a_Sv, q_TKH.shape[2], split, axis, layer, context)
+    return to_local_tokens(out_SvG, axis, held.to_delta)
+
+
+def to_own_heads(
+    keys: Sequence[Tensor], values_TVG: Tensor, logits: Sequence[Tensor], split: HeadSplit, axis: AxisGroup, route: Route | None
+) -> tuple[Tensor, ...]:
+    """All tokens of the row with this rank's heads: channels of each of `keys` [T, K, H], then of the values, and each of `logits`.
+
+    Shards: `reshard.to_heads`, of the heads that `split` gives to each rank of `axis`; `route` is None where that is one rank.
+
+    Returns:
+        [S, C], and [S, v] for each of `logits`.
+    """
+    if route is None:
+        return torch.cat([x.flatten(1) for x in (*keys, values_TVG)], dim=1), *logits
+    shared = [reshard.by_receiver(x, axis.size // split.sharing, split.sharing).flatten(0, 1) for x in keys]
+    own = [reshard.by_receiver(x, axis.size, 1).flatten(0, 1) for x in (values_TVG, torch.stack(tuple(logits), dim=-1))]
+    channels = split.kv * sum(x.shape[2] for x in keys) + split.query * values_TVG.shape[2]
+    x_SC, parts = reshard.to_heads([*shared, *own], (channels, len(logits) * split.query), route, axis.group)
+    return x_SC, *parts.unflatten(1, (-1, len(logits))).unbind(-1)
+
+
+def to_local_tokens(out_SvG: Tensor, axis: AxisGroup, route: Route | None) -> Tensor:
+    """The inverse for what the heads gave: [S, v, G] of this rank's heads to [T, V, G]."""
+    if route is None:
+        return out_SvG
+    parts = reshard.to_tokens(out_SvG.flatten(1), axis.size, route, axis.group)
+    return parts.unflatten(2, out_SvG.shape[1:]).transpose(0, 1).flatten(1, 2)
 
 
 def _rule(

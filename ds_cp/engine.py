@@ -131,8 +131,8 @@ def _resolve(
         world=dist.get_world_size(),
         local_world=local_world,
         heads=checks.heads(model),
-        linear_heads=linear_heads(model),
-        linear=block.linear_attention,
+        linear_heads=checks.linear_heads(model),
+        linear="heads" if checks.scan_heads(model) else block.linear_attention,
     )
     dtype = compute_dtype(ds_config, model)
     return degrees, methods_of(block, model, degrees, dtype), dtype
@@ -190,7 +190,8 @@ def methods_of(block: Config, model: nn.Module, degrees: topology.Topology, dtyp
         ValueError: a kernel cannot serve here, or the DeltaNet layers have too few heads for the ranks.
     """
     shapes = checks.linear_shapes(model)
-    linear = topology.resolve_linear(block.linear_attention, degrees, linear_heads(model))
+    scans = bool(checks.scan_heads(model))
+    linear = topology.resolve_linear(block.linear_attention, degrees, checks.linear_heads(model), passes=not scans)
     split = topology.split_heads(degrees.ulysses, *checks.heads(model)[0])
     passing = linear == "state" and degrees.ring > 1 and bool(shapes)
     return Methods(
@@ -202,16 +203,12 @@ def methods_of(block: Config, model: nn.Module, degrees: topology.Topology, dtyp
         delta=_delta_kernel(block, shapes, dtype, passing) if shapes else None,
         linear=linear,
         windows=checks.windows(model),
+        scans=scans,
         halo=checks.halo(model),
         head_chunks=topology.resolve_head_chunks(
             block.attention_head_chunks, degrees, checks.heads(model), passing, least_memory=block.activation_offload
         ),
     )
-
-
-def linear_heads(model: nn.Module) -> list[tuple[int, int]]:
-    """(value heads, key heads) of the model's Gated DeltaNet layers."""
-    return [(shapes.value_heads, shapes.key_heads) for shapes in checks.linear_shapes(model)]
 
 
 def _delta_kernel(block: Config, shapes: list[deltas.Shapes], dtype: torch.dtype, passing: bool) -> deltas.Kernel:
@@ -294,6 +291,8 @@ def _describe_ring(methods: Methods, ring: int) -> str:
 
 
 def _linear_rows(methods: Methods) -> dict[str, str]:
+    if methods.scans:
+        return {"linear_attention": "heads; scan in PyTorch"}
     if methods.delta is None:
         return {}
     return {"linear_attention": methods.linear, "delta_kernel": methods.delta.__name__.split(".")[-1]}

@@ -47,6 +47,8 @@ class Methods:
     """Of every attention layer: how many keys a query attends, its own included; a chunk's; None for all before it."""
     head_chunks: int = 1
     """Groups of a rank's query heads that go through the all-to-all one after another."""
+    scans: bool = False
+    """The model has other recurrent layers, whose heads are shared out as those of DeltaNet layers may be."""
     halo: int = 0
     """Tokens before its own that a token sees in the model's short convolutions."""
 
@@ -59,7 +61,7 @@ class Held:
     to_attention: Route | None
     """Over `seq`; None where ranks hold what attention works on."""
     to_delta: Route | None
-    """Over the ranks that share the heads of a Gated DeltaNet layer; None for one rank or a model without such layers."""
+    """Over the ranks that share the heads of a recurrent layer; None for one rank or a model without any."""
     span: deltas.Span | None
     """What such a layer's kernel works on."""
     halo: convolution.Halo | None = None
@@ -82,7 +84,7 @@ def place(plan: Layout, methods: Methods, mesh: Mesh, documents: tuple[int, ...]
     halo = None
     if methods.halo:
         halo = convolution.plan(layouts.shards(held), documents, methods.halo, mesh.seq.rank, mesh.seq.group, device)
-    if methods.delta is None:
+    if methods.delta is None and not methods.scans:
         return Held(layout=held, to_attention=to_attention, to_delta=None, span=None, halo=halo)
     if not pieces:
         row = [((0, plan.length),)] * mesh.seq.size

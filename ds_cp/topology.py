@@ -176,21 +176,27 @@ def resolve(
     return Topology(ulysses=ulysses, ring=ring, data=world // size)
 
 
-def resolve_linear(setting: str, topology: Topology, heads: list[tuple[int, int]]) -> Literal["heads", "state"]:
-    """How Gated DeltaNet layers are sharded.
+def resolve_linear(
+    setting: str, topology: Topology, heads: list[tuple[int, int]], passes: bool = True
+) -> Literal["heads", "state"]:
+    """How recurrent layers are sharded.
 
     "auto" is heads where every rank of a row can have some: on one H200 they were faster than state at the one degree where both
     were measured (8, docs/benchmarks.md), and no state has to be passed.
 
     Args:
-        setting: `linear_attention` as written. heads: (value heads, key heads) of every such layer.
+        setting: `linear_attention` as written. heads: (value heads, key heads) of every such layer. passes: whether their state can
+            be passed between ranks: that of Gated DeltaNet can, those of others cannot.
 
     Raises:
         ValueError: too many ranks for the heads; the message gives the largest degree.
     """
-    reason, way = _heads_reason(topology.size, heads), "over all ranks of a row"
+    kind, value, key = ("Gated DeltaNet", "value heads", "key heads") if passes else ("this model's recurrent", "heads", "groups")
+    if setting == "state" and not passes:
+        raise ValueError(f'sequence_parallel.linear_attention: {kind} layers do not pass their state; use "heads" or "auto"')
+    reason, way = _heads_reason(topology.size, heads, value, key), "over all ranks of a row"
     mode: Literal["heads", "state"] = "heads"
-    if setting == "state" or (setting == "auto" and reason is not None):
+    if passes and (setting == "state" or (setting == "auto" and reason is not None)):
         reason, way, mode = _heads_reason(topology.ulysses, heads), "over ulysses, with state passed along the ring", "state"
     if reason is None:
         return mode
@@ -198,16 +204,17 @@ def resolve_linear(setting: str, topology: Topology, heads: list[tuple[int, int]
     legal = [d for d in range(1, degree + 1) if _heads_reason(d, heads) is None]
     advice = 'or "linear_attention": "state"' if mode == "heads" else "and a larger ring_size"
     raise ValueError(
-        f"sequence_parallel.linear_attention: {setting}: Gated DeltaNet layers cannot share their heads {way} at degree {degree}: "
-        f"{reason}; use {'size' if mode == 'heads' else 'ulysses_size'} {max(legal)} at most (legal: {legal}), {advice}"
+        f"sequence_parallel.linear_attention: {setting}: {kind} layers cannot share their heads {way} at degree {degree}: "
+        f"{reason}; use {'size' if mode == 'heads' else 'ulysses_size'} {max(legal)} at most (legal: {legal})"
+        f"{f', {advice}' if passes else ''}"
     )
 
 
-def _heads_reason(degree: int, heads: list[tuple[int, int]]) -> str | None:
+def _heads_reason(degree: int, heads: list[tuple[int, int]], values: str = "value heads", keys: str = "key heads") -> str | None:
     """Why `degree` ranks cannot split the (value heads, key heads) of every layer, or None."""
     for value, key in dict.fromkeys(heads):
         if value % degree:
-            return f"it does not divide the {value} value heads"
+            return f"it does not divide the {value} {values}"
         if key % degree and degree % key:
-            return f"it neither divides nor is a multiple of the {key} key heads"
+            return f"it neither divides nor is a multiple of the {key} {keys}"
     return None

@@ -47,6 +47,10 @@ class Family(Protocol):
         """Tokens before its own that a token needs in one mixer's short convolutions, where `attach` runs them on local tokens."""
 
     @staticmethod
+    def scan_heads(module: nn.Module) -> tuple[int, int] | None:
+        """(heads, groups) of a mixer whose heads all ranks of a row share, and which passes no state; None for others."""
+
+    @staticmethod
     def mixing(config: PretrainedConfig) -> int:
         """How many attention layers and mixers a model of this config has."""
 

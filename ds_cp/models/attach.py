@@ -30,7 +30,7 @@ from ds_cp.late import Late
 from ds_cp.loss import LOCAL, CausalLMLoss
 from ds_cp.mesh import Mesh
 from ds_cp.models import counted, family_of, lm_head, mlp, routers, vision
-from ds_cp.models.checks import attention_modules, token_mixers, window_of
+from ds_cp.models.checks import token_mixers, window_of
 from ds_cp.models.relay import relays
 from ds_cp.models.same_row import SameRow, check_plan
 from ds_cp.offload import Offload
@@ -98,12 +98,12 @@ class Handle:
         family = family_of(self.model.config)
         self._computes_its_loss = family is None and counted.computes_its_loss(self.model)  # which the trial has compared then
         undo = [family.attach(module) for module in family.mixers(self.model).values()] if family else []
-        undo += [relay.remove for relay in relays(self.model, attention_modules(self.model))]
         hooks = [
             self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             self.model.register_forward_hook(self._end_offload, always_call=True),
             self.model.register_forward_hook(self._after_forward, with_kwargs=True),
         ]
+        undo += [relay.remove for relay in relays(self.model, token_mixers(self.model))]  # which find what the hooks put in
         self._undo = [before, hooks, undo]
         setattr(self.model, HANDLE, self)
 

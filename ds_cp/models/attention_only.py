@@ -40,5 +40,9 @@ def halo(module: nn.Module) -> int:
     return 0
 
 
+def scan_heads(module: nn.Module) -> tuple[int, int] | None:
+    return None
+
+
 def mixing(config: PretrainedConfig) -> int:
     return getattr(config, "decoder_layers", config.num_hidden_layers)

@@ -84,6 +84,18 @@ def linear_shapes(model: PreTrainedModel) -> list[Shapes]:
     return [_shapes(module) for module in mixers if hasattr(module, "head_v_dim")]
 
 
+def linear_heads(model: PreTrainedModel) -> list[tuple[int, int]]:
+    """(value heads, key heads) of every Gated DeltaNet layer, or (heads, groups) of every other recurrent layer."""
+    return [(shapes.value_heads, shapes.key_heads) for shapes in linear_shapes(model)] or scan_heads(model)
+
+
+def scan_heads(model: PreTrainedModel) -> list[tuple[int, int]]:
+    """(heads, groups) of every recurrent layer that passes no state between ranks."""
+    family = family_of(model.config)
+    found = [family.scan_heads(module) for module in family.mixers(model).values()] if family else []
+    return [each for each in found if each is not None]
+
+
 def _shapes(module: nn.Module) -> Shapes:
     return Shapes(
         key_heads=module.num_k_heads,
@@ -104,7 +116,9 @@ def halo(model: PreTrainedModel) -> int:
 def heads(model: PreTrainedModel) -> list[tuple[int, int]]:
     """(query heads, key/value heads) of the model's attention layers, each pair once."""
     config = model.config.get_text_config()
-    query = getattr(config, "decoder_attention_heads", config.num_attention_heads)
+    query = getattr(config, "decoder_attention_heads", None) or getattr(config, "num_attention_heads", None)
+    if query is None:  # a model without attention, which is planned as if its recurrent heads were attention's
+        return list(dict.fromkeys(scan_heads(model)))
     usual = query, getattr(config, "num_key_value_heads", None) or query
     return list(dict.fromkeys(_heads_of(module, query) or usual for module in attention_modules(model).values())) or [usual]
 
@@ -193,7 +207,7 @@ def _of_layers(model: PreTrainedModel, config: PretrainedConfig) -> Iterator[str
     inside = {id(part) for mixer in mixers.values() for part in mixer.modules()} | other_modules(model)
     for name, module in model.named_modules():
         kind = type(module).__name__
-        if any(word in kind.lower() for word in RECURRENT) and id(module) not in inside and not _holds(module, inside):
+        if _is_recurrent(kind.lower()) and id(module) not in inside and not _holds(module, inside):
             yield f"{name} is a {kind}: recurrent layers of this kind are not in this version"
         if isinstance(module, nn.Conv1d) and id(module) not in inside:
             yield f"{name} is a convolution over tokens, which would not see the neighbouring shard"
@@ -215,6 +229,10 @@ def _of_layers(model: PreTrainedModel, config: PretrainedConfig) -> Iterator[str
             yield f"{name} has a sliding window of {window}: it must be a whole number from 1, or None for full attention"
         if family is not None and window is not None and "sliding_window" not in _keywords(module):
             yield f"{name} has a sliding window of {window} that it does not pass to its attention"
+
+
+def _is_recurrent(kind: str) -> bool:
+    return "norm" not in kind and any(word in kind for word in RECURRENT)
 
 
 def _holds(module: nn.Module, inside: set[int]) -> bool:

@@ -38,7 +38,7 @@ class Door:
     def apply(self) -> None:
         self._hooks = [table.register_forward_pre_hook(self._look_up, with_kwargs=True) for table in self._tables]
         for name, module in self._tempered.items():
-            self._hooks.append(Relay(self._model.get_submodule(name.rpartition(".")[0]), module, KEY))
+            self._hooks.append(Relay(self._model.get_submodule(name.rpartition(".")[0]), module, key=KEY))
             setattr(module, MARK, getattr(module, TEMPERATURE))
             setattr(module, TEMPERATURE, False)
 

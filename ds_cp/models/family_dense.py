@@ -6,9 +6,9 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
-from ds_cp.models.attention_only import APART, TINY, attach, halo, mixers, mixing, settle
+from ds_cp.models.attention_only import APART, TINY, attach, halo, mixers, mixing, scan_heads, settle
 
-__all__ = ["APART", "HANDLES", "MODEL_TYPES", "attach", "halo", "mixers", "mixing", "refuse", "settle", "tiny"]
+__all__ = ["APART", "HANDLES", "MODEL_TYPES", "attach", "halo", "mixers", "mixing", "refuse", "scan_heads", "settle", "tiny"]
 
 MODEL_TYPES = frozenset(
     {

@@ -6,10 +6,10 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
-from ds_cp.models.attention_only import halo, mixing
+from ds_cp.models.attention_only import halo, mixing, scan_heads
 from ds_cp.models.gated_delta import TINY_EXPERTS, TINY_HYBRID, attach, mixers, settle
 
-__all__ = ["APART", "HANDLES", "MODEL_TYPES", "attach", "halo", "mixers", "mixing", "refuse", "settle", "tiny"]
+__all__ = ["APART", "HANDLES", "MODEL_TYPES", "attach", "halo", "mixers", "mixing", "refuse", "scan_heads", "settle", "tiny"]
 
 MODEL_TYPES = frozenset({"qwen3_5_text", "qwen3_5_moe_text", "qwen3_next", "olmo_hybrid"})
 APART = MODEL_TYPES

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
-from ds_cp.models.attention_only import TINY, attach, halo, mixers, mixing
+from ds_cp.models.attention_only import TINY, attach, halo, mixers, mixing, scan_heads
 
-__all__ = ["APART", "HANDLES", "MODEL_TYPES", "attach", "halo", "mixers", "mixing", "refuse", "settle", "tiny"]
+__all__ = ["APART", "HANDLES", "MODEL_TYPES", "attach", "halo", "mixers", "mixing", "refuse", "scan_heads", "settle", "tiny"]
 
 MODEL_TYPES = frozenset({"mixtral", "qwen3_moe", "olmoe", "deepseek_v3", "glm4_moe", "gpt_oss"})
 APART = frozenset({"gpt_oss"})

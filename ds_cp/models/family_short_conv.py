@@ -16,11 +16,11 @@ from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from ds_cp import convolution
 from ds_cp.batch import SequenceContext
-from ds_cp.models.attention_only import TINY, mixing
+from ds_cp.models.attention_only import TINY, mixing, scan_heads
 from ds_cp.models.mixer import begin, parameters, replace
 from ds_cp.models.relay import Relay
 
-__all__ = ["APART", "HANDLES", "MODEL_TYPES", "attach", "halo", "mixers", "mixing", "refuse", "settle", "tiny"]
+__all__ = ["APART", "HANDLES", "MODEL_TYPES", "attach", "halo", "mixers", "mixing", "refuse", "scan_heads", "settle", "tiny"]
 
 MODEL_TYPES = frozenset({"lfm2", "lfm2_moe", "lfm3", "zaya"})
 APART = MODEL_TYPES

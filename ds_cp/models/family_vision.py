@@ -9,10 +9,10 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
-from ds_cp.models.attention_only import TINY, halo, mixing
+from ds_cp.models.attention_only import TINY, halo, mixing, scan_heads
 from ds_cp.models.gated_delta import TINY_EXPERTS, TINY_HYBRID, attach, mixers, settle
 
-__all__ = ["APART", "HANDLES", "MODEL_TYPES", "attach", "halo", "mixers", "mixing", "refuse", "settle", "tiny"]
+__all__ = ["APART", "HANDLES", "MODEL_TYPES", "attach", "halo", "mixers", "mixing", "refuse", "scan_heads", "settle", "tiny"]
 
 MODEL_TYPES = frozenset({"qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"})
 APART = frozenset({"qwen3_5", "qwen3_5_moe"})

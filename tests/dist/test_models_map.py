@@ -13,7 +13,7 @@ SAMPLE = (
     *("gpt2", "opt", "bert", "diffllama", "phi", "fuyu", "gpt_bigcode"),  # learned positions, partial rotary, one key/value head
     *("glm4", "hrm_text", "gemma4_unified", "exaone4", "nanochat", "minicpm3", "modernbert-decoder"),  # norms, scales, windows, latent attention
     *("qwen2_moe", "granitemoe_swa", "laguna", "jetmoe", "mimo_v2_flash", "gemma4_text"),  # experts, sinks, heads by layer
-    *("falcon", "doge", "mamba2", "inkling_text", "deepseek_v32"),  # refused
+    *("falcon", "doge", "mamba", "inkling_text", "deepseek_v32"),  # refused
 )
 
 

@@ -49,6 +49,8 @@ IMPORTS = _table(
         "kernels.blocked_cuda": "",
         "kernels.delta": "tiles kernels.affine",
         "kernels.affine": "",
+        "kernels.ssd": "kernels.delta",
+        "kernels.selective": "kernels.delta",
         "kernels.merge": "kernels.merge_cuda",
         "kernels.merge_cuda": "",
         "kernels.probe": "tiles kernels.attention",
@@ -62,6 +64,9 @@ IMPORTS = _table(
         "attention": "ring head_chunks tiles comm batch",
         "head_chunks": "ring comm batch",
         "delta": "comm batch",
+        "lightning": "delta kernels.ssd batch",
+        "mamba1": "delta kernels.selective batch",
+        "mamba2": "delta kernels.ssd kernels.delta batch",
         "tiled_head": "batch kernels.token_loss_cuda",
         "kernels.token_loss_cuda": "",
         "replay": "",
@@ -94,13 +99,16 @@ BEYOND = _table(
         # the head split; tokens not held in its order; Score; Window
         "attention": "topology reshard layout kernels.attention balance",
         "batch": "placement balance",  # what ranks hold; Window
-        "delta": "topology reshard mesh",  # the head split; moving heads; the axis that shares them
+        "delta": "topology reshard mesh layout",  # the head split; moving heads; the axis that shares them; the way there
+        "mamba1": "topology",  # the head split
+        "mamba2": "topology",
+        "lightning": "reshard",  # moving heads
         "ring": "kernels.merge kernels.sums kernels.attention",  # merging; what sums gradients; Score
         "loader": "models",  # the mesh and the reduction of an engine's model
         "loss": "batch tiled_head",  # SequenceContext and IGNORE; what a token's loss is made of
         # windows and chunks; same-row check; shapes of recurrent layers; tiles; Score; the balance loss; the one rank of a trial
         "models": "balance watch late comm mesh topology kernels.delta kernels.attention tiled_head token_values tiled_module "
-        "offload router_loss convolution",
+        "offload router_loss convolution mamba1 mamba2 lightning",
         # the public function; who is there; the process group; what ranks must have alike; chunks, which no kernel is asked about
         "engine": "balance token_values watch launch agreement",
         "launch": "config agreement",  # a config that one rank cannot read, or reads otherwise, ends all of them

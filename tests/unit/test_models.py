@@ -29,6 +29,9 @@ from ds_cp.models import (
     families,
     family_dense,
     family_gated_delta,
+    family_lightning,
+    family_mamba1,
+    family_mamba2,
     family_short_conv,
     gated_delta,
     model_types,
@@ -169,7 +172,12 @@ def alone() -> Mesh:
 def attached(model: PreTrainedModel, kernel: str = "torch_cpu", **settings: Any) -> attach.Handle:
     delta = deltas.load("reference") if checks.linear_shapes(model) else None
     methods = Methods(
-        attention=kernels.load(kernel), layout="zigzag", delta=delta, windows=checks.windows(model), halo=checks.halo(model)
+        attention=kernels.load(kernel),
+        layout="zigzag",
+        delta=delta,
+        windows=checks.windows(model),
+        scans=bool(checks.scan_heads(model)),
+        halo=checks.halo(model),
     )
     handle = attach.Handle(model, alone(), methods, CausalLMLoss("mean", divisor=lambda: 1), **settings)
     handle.apply()
@@ -202,8 +210,9 @@ def test_an_attached_model_saves_a_config_without_our_implementation(tmp_path: A
     assert attach.IMPLEMENTATION not in (tmp_path / "config.json").read_text()
 
 
-SOURCES = gated_delta.SOURCES | family_short_conv.SOURCES
-RESTATED = sorted(family_gated_delta.MODEL_TYPES | family_short_conv.MODEL_TYPES)
+SOURCES = gated_delta.SOURCES | family_short_conv.SOURCES | family_mamba2.SOURCES | family_lightning.SOURCES | family_mamba1.SOURCES
+OTHERS = family_short_conv.MODEL_TYPES | family_mamba2.MODEL_TYPES | family_lightning.MODEL_TYPES | family_mamba1.MODEL_TYPES
+RESTATED = sorted(family_gated_delta.MODEL_TYPES | OTHERS)
 
 
 @pytest.mark.parametrize("model_type", RESTATED)
@@ -336,3 +345,22 @@ def test_a_row_without_targets_has_a_loss_and_a_gradient_of_zero() -> None:
 )
 def test_kernels_are_asked_for_the_dtype_that_deepspeed_will_make(section: dict[str, Any], wanted: torch.dtype) -> None:
     assert engine.compute_dtype(section, torch.nn.Linear(2, 2)) == wanted
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_layer_that_is_run_again_in_backward_has_the_context_of_its_own_row(reentrant: bool) -> None:
+    """Jamba's layers keep keywords from their mixers. Two rows of other documents go forward before either goes back."""
+    positions = [torch.arange(30), torch.cat([torch.arange(11), torch.arange(19)])]
+    ids = torch.arange(3, 33).unsqueeze(0)
+    rows = [{"input_ids": ids, "labels": ids, "position_ids": each.unsqueeze(0)} for each in positions]
+    found = []
+    for checkpointing in (False, True):
+        model = selftest.tiny_model("jamba").train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        handle = attached(model)
+        sum(model(**row).loss for row in rows).backward()
+        found.append({name: p.grad for name, p in model.named_parameters()})
+        handle.remove()
+    for name, wanted in found[0].items():
+        torch.testing.assert_close(found[1][name], wanted, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")

@@ -271,6 +271,17 @@ def test_too_many_ranks_for_the_heads_names_the_largest_degree() -> None:
         topology.resolve_linear("state", Topology(64, 2, data=1), [(32, 16)])
 
 
+def test_layers_that_pass_no_state_are_sharded_by_heads_or_not_at_all() -> None:
+    assert topology.resolve_linear("auto", Topology(4, 8, data=1), [(32, 1)], passes=False) == "heads"
+    with pytest.raises(
+        ValueError, match=r"recurrent layers .* degree 64: it does not divide the 32 heads; use size 32 at most"
+    ) as caught:
+        topology.resolve_linear("auto", Topology(4, 16, data=1), [(32, 1)], passes=False)
+    assert "state" not in str(caught.value)
+    with pytest.raises(ValueError, match='recurrent layers do not pass their state; use "heads" or "auto"'):
+        topology.resolve_linear("state", Topology(4, 8, data=1), [(32, 1)], passes=False)
+
+
 @pytest.mark.parametrize(("linear", "wanted"), [("auto", (2, 8)), ("state", (2, 8)), ("heads", (8, 2))])
 def test_auto_ulysses_splits_recurrent_heads_where_state_is_passed(linear: str, wanted: tuple[int, int]) -> None:
     found = topology.resolve(16, "auto", "auto", world=16, local_world=8, heads=[(32, 8)], linear_heads=[(2, 2)], linear=linear)
