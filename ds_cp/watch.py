@@ -5,7 +5,10 @@ not W x W. What it finds:
 
 - a rank has failed (`failed` is set, by its uncaught exception or by a neighbour to whom it went silent): whoever is then stuck in
   a collective for `grace_s` more ends itself. NCCL by itself would wait for its timeout, half an hour;
-- somebody asks who is there (`asked`): it answers with where its rank is, so that the line can name who did not.
+- NCCL has given up a collective (`Posted.lost`): where gloo raises, it writes to its log and takes the process down a minute later.
+  The rank asks who is behind, says so and ends itself;
+- somebody asks who is there (`asked`): it answers with where its rank is and how many collectives it has posted, so that the line
+  can name who did not, and who is behind.
 
 `stop_at` is the step after which all ranks stop together once one of them was told to by SIGTERM: a rank that has finished step k
 puts k + 1 there before it takes part in step k + 1, and no rank can finish that step without it.
@@ -26,6 +29,7 @@ from datetime import timedelta
 from operator import attrgetter
 from types import TracebackType
 
+import torch
 import torch.distributed as dist
 
 BEAT_S = 2.0
@@ -39,13 +43,35 @@ OUTSIDE = ("start", "after the step", "save", "evaluation")
 """Phases in which a rank need not be waiting for others."""
 
 
+class Posted:
+    """What this process has posted to its process groups, DeepSpeed's and the user's among them."""
+
+    def count(self) -> int:
+        """Collectives since the start, hops left out."""
+        return sum(group._get_sequence_number_for_group() for group in _groups())
+
+    def lost(self) -> str | None:
+        """What NCCL has given up, if anything."""
+        for group in _groups():
+            error = group._get_backend(torch.device("cuda")).get_error().name if dist.get_backend(group) == "nccl" else "SUCCESS"
+            if error != "SUCCESS":
+                what = "was not done in time" if error == "TIMEOUT" else "failed"
+                return f"a collective of its group of {group.size()} ranks {what}"
+        return None
+
+
+def _groups() -> list[dist.ProcessGroup]:
+    """Every process group; PyTorch keeps them in no public place."""
+    return list(dist.distributed_c10d._world.pg_map)
+
+
 class Watch:
     """One rank's; made by `begin`. `step` counts finished optimizer steps."""
 
     def __init__(
         self, store: dist.Store, rank: int, hosts: Sequence[str], silent_s: float = SILENT_S, grace_s: float = GRACE_S
     ) -> None:
-        self.rank, self.hosts = rank, tuple(hosts)
+        self.rank, self.hosts, self.posted = rank, tuple(hosts), Posted()
         self.step: Callable[[], int] = int
         self._store, self._silent_s, self._grace_s = store, silent_s, grace_s
         self._phase, self._since, self._begun = "start", time.monotonic(), 0
@@ -104,9 +130,12 @@ class Watch:
             there = {rank for rank in others if self._store.check([f"here/{asked}/{rank}"])}
             gone = [self.name(rank) for rank in others if rank not in there]
             found.extend(["no answer from " + ", ".join(gone[:8])] if gone else [])
-            places = {rank: self._store.get(f"here/{asked}/{rank}").decode() for rank in sorted(there)[:64]}
-            elsewhere = [f"{self.name(rank)} is in {place}" for rank, place in places.items() if place != self.place()]
+            answers = {rank: self._store.get(f"here/{asked}/{rank}").decode().split("\n") for rank in sorted(there)[:64]}
+            elsewhere = [f"{self.name(rank)} is in {place}" for rank, (place, _) in answers.items() if place != self.place()]
+            posted = {self.rank: self.posted.count()} | {rank: int(count) for rank, (_, count) in answers.items()}
+            behind = [self.name(rank) for rank, count in posted.items() if count < max(posted.values())]
             found.extend(elsewhere[:4])
+            found.extend(["fewer collectives than others have posted " + ", ".join(behind[:4])] if behind else [])
 
         if not _within(ANSWER_S + 5 * BEAT_S, ask) and self.rank:
             found.append(f"no answer from {self.name(0)}")
@@ -131,18 +160,28 @@ class Watch:
             failure = self._failure()
         except RuntimeError as error:
             failure = f"{self.name(0)} does not answer ({str(error).splitlines()[0][:80]})"
-        if failure is None or self._outside() or time.monotonic() - self._since < self._grace_s:
+        lost = self.posted.lost()
+        if lost is not None and failure is None:
+            failure = self._give_up(lost)
+        if failure is None or (lost is None and (self._outside() or time.monotonic() - self._since < self._grace_s)):
             return None
         me = self.name(self.rank)
         if failure.startswith(f"{me} stopped"):  # NCCL waits at the end of a process for what the others left
             return f"ds_cp: {me} has not ended since, and is ended"
         return f"ds_cp: {me} waited in {self.place()} for others and ends: {failure}"
 
+    def _give_up(self, lost: str) -> str:
+        """Tells all ranks what NCCL has given up here, with what they know of it."""
+        known = self.roll_call()
+        reason = f"{lost}{'; ' * bool(known)}{known}"
+        _quietly(self._store.compare_set, "failed", "", f"{self.name(self.rank)} waited in {self.place()}: {reason}")
+        return reason
+
     def _answer(self) -> None:
         asked = self._store.add("asked", 0)
         if asked > self._answered:
             self._answered = asked
-            self._store.set(f"here/{asked}/{self.rank}", self.place())
+            self._store.set(f"here/{asked}/{self.rank}", f"{self.place()}\n{self.posted.count()}")
 
     def _failure(self) -> str | None:
         if self._store.check(["failed"]):

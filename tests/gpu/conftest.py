@@ -1,9 +1,11 @@
 """GPU tests run where there is a CUDA device, and are skipped where there is none.
 
-With pytest-xdist (`-n 12 --dist loadgroup`) variants of a test with one kernel and head size share a worker and what it compiles.
+With pytest-xdist (`-n 8 --dist loadgroup`) variants of a test with one kernel and head size share a worker and what it compiles.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -25,3 +27,11 @@ def _compiled(item: pytest.Item) -> str:
         return "nccl"  # one pair of ranks
     given = item.callspec.params if hasattr(item, "callspec") else {}
     return " ".join(str(x) for x in (item.originalname, *(given.get(key) for key in ("name", "size", "softcap"))))
+
+
+@pytest.fixture(autouse=True)
+def _memory_goes_back() -> Iterator[None]:
+    """Workers share a GPU: what a test leaves in PyTorch's cache is lost to the others."""
+    yield
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()

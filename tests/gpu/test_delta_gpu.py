@@ -1,4 +1,6 @@
-"""fla on CUDA against the fp32 reference: within twice the error of the reference rounded to bf16 at every step that fla stores.
+"""fla on CUDA in bf16 against the fp32 reference: out and the gradients of q, k, v, weight and bias within twice the error of the
+reference whose inputs are rounded to bf16. The gradients of the decay and of beta are sums of products of states, which fla keeps
+in bf16; its own function over the whole row errs more there than that yardstick, so these two are held against that function.
 
 State passing runs all ranks of a ring on one device, one at a time, in threads (lockstep.py).
 """
@@ -81,15 +83,34 @@ def errors(found: list[Tensor], wanted: list[Tensor]) -> list[float]:
 
 
 NAMES = ("out", "dqkv", "dg", "dbeta", "dweight", "dbias")
+OF_STATES = ("dg", "dbeta")
 FLOOR = 6e-3
 """Where the yardstick is nearly exact: three roundings to bf16."""
+UPSTREAM = 1.5
+"""Of fla's own error over the whole row, for what is summed from states: pieces round them at other places."""
+SANE = 4
+"""fla's own error over the yardstick's, at most: 2.8 where it was measured."""
+
+
+def upstream(*tensors_and_span: Tensor) -> Tensor:
+    """fla's own function over the whole row, every document uncut."""
+    *tensors, span = tensors_and_span
+    where = torch.tensor(span.documents, device="cuda")
+    out, _ = fla.chunk_gated_delta_rule(*(x.unsqueeze(0) for x in tensors), use_qk_l2norm_in_kernel=True, cu_seqlens=where)
+    return out.squeeze(0)
 
 
 def check(found: list[Tensor], tensors: list[Tensor], span: Span) -> None:
     wanted = exact(tensors, span)
-    pairs = list(zip(NAMES, errors(found, wanted), errors(rounded(tensors, span), wanted), strict=True))
-    print({name: (round(mine, 5), round(limit, 5)) for name, mine, limit in pairs})
-    assert {name: (mine, limit) for name, mine, limit in pairs if not mine <= max(2 * limit, FLOOR)} == {}
+    theirs = computed(fla, upstream, tensors, span)
+    table = list(zip(NAMES, *(errors(x, wanted) for x in (found, theirs, rounded(tensors, span))), strict=True))
+    print({name: tuple(round(x, 5) for x in row) for name, *row in table})
+    wrong = {}
+    for name, mine, theirs_error, yardstick in table:
+        limit = max(2 * yardstick, FLOOR, UPSTREAM * theirs_error if name in OF_STATES else 0.0)
+        if not mine <= limit or not theirs_error <= max(SANE * yardstick, FLOOR):
+            wrong[name] = (mine, theirs_error, yardstick)
+    assert wrong == {}
 
 
 def segments(tokens: int) -> Callable[..., Tensor]:

@@ -6,6 +6,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from ds_cp import mesh, reliable
@@ -90,6 +91,49 @@ def test_a_roll_call_names_who_does_not_answer(ranks: list[Watch], monkeypatch: 
     monkeypatch.setattr(watches.time, "sleep", lambda _: ranks[2].look())
     monkeypatch.setattr(watches, "_within", lambda _, work: work() or True)
     assert ranks[0].roll_call() == "no answer from rank 1 on host1; rank 2 on host2 is in step 1, forward"
+
+
+def test_what_nccl_gave_up_ends_the_rank_wherever_it_is(ranks: list[Watch], monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL itself is in tests/gpu/test_nccl.py."""
+    monkeypatch.setattr(watches.time, "sleep", lambda _: [ranks[i].look() for i in (1, 2)])
+    monkeypatch.setattr(watches, "_within", lambda _, work: work() or True)
+    for rank, posted, phase in zip(ranks, (7, 6, 7), ("save", "forward", "save"), strict=True):
+        rank.enter(phase)
+        monkeypatch.setattr(rank.posted, "count", lambda posted=posted: posted)
+    monkeypatch.setattr(ranks[0].posted, "lost", lambda: "a collective of its group of 3 ranks was not done in time")
+    line = (
+        "rank 0 on host1 waited in step 0, save{}: a collective of its group of 3 ranks was not done in time; rank 1 on host1 is in"
+        " step 1, forward; fewer collectives than others have posted rank 1 on host1"
+    )
+    assert ranks[0].look() == "ds_cp: " + line.format(" for others and ends")
+    assert ranks[2].look() is None  # saves, and waits for nobody
+    ranks[2].enter("backward")
+    ranks[2]._since -= 10
+    assert ranks[2].look() == "ds_cp: rank 2 on host2 waited in step 1, backward for others and ends: " + line.format("")
+
+
+def test_a_failure_that_is_known_is_what_nccl_waited_for(ranks: list[Watch], monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks[1].enter("save")
+    ranks[1].failed("OSError: disk full")
+    ranks[0].enter("save")
+    assert ranks[0].look() is None
+    monkeypatch.setattr(ranks[0].posted, "lost", lambda: "a collective failed")
+    reason = "rank 1 on host1 stopped in step 0, save: OSError: disk full"
+    assert ranks[0].look() == f"ds_cp: rank 0 on host1 waited in step 0, save for others and ends: {reason}"
+
+
+def test_posted_collectives_are_counted_over_all_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    posted = watches.Posted()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        group = dist.new_group([0])
+        before = posted.count()
+        dist.barrier(group)
+        dist.all_reduce(torch.ones(1))
+        assert posted.count() == before + 2
+        assert posted.lost() is None
+    finally:
+        dist.destroy_process_group()
 
 
 def test_all_ranks_stop_after_the_step_that_follows_the_wish(ranks: list[Watch]) -> None:
