@@ -7,11 +7,13 @@ With z the logits of a token over the temperature, p = softmax(z), y the target,
 
 g and h are not known in the forward pass, so backward computes each tile's logits again.
 
-T local tokens, t tokens of one tile, D hidden size, V vocabulary, K values of a token (1, or 2 with entropies).
+T local tokens, t tokens of one tile, D hidden size, V vocabulary, K values of a token (log p, H if asked for, and the
+extras, which have no gradient).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +23,14 @@ from ds_cp.batch import IGNORE
 from ds_cp.replay import Replay
 from ds_cp.tiled_head import Head, Tiles
 
+EXTRAS: Mapping[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "entropy": lambda z, log_p, chosen: torch.special.entr(log_p.exp()).sum(1),
+    "is_top1": lambda z, log_p, chosen: (chosen >= log_p.amax(1)).to(log_p.dtype),
+    "mean_logits": lambda z, log_p, chosen: z.mean(1),
+    "log_sum_sq_probs": lambda z, log_p, chosen: (2 * log_p).logsumexp(1),
+}
+"""[t] from z over the temperature [t, V], its log-softmax and the target's entry of that."""
+
 
 @dataclass(frozen=True)
 class TokenValues:
@@ -28,6 +38,8 @@ class TokenValues:
 
     entropies: bool = False
     temperature: float = 1.0
+    extras: tuple[str, ...] = ()
+    """More of the distribution, without a gradient: names of EXTRAS."""
 
 
 def token_values(hidden_1TD: Tensor, head: Head, tile: int, targets_1T: Tensor, asked: TokenValues) -> tuple[Tensor, Tensor]:
@@ -42,10 +54,12 @@ def token_values(hidden_1TD: Tensor, head: Head, tile: int, targets_1T: Tensor, 
 
 def of_logits(z_tV: Tensor, targets_t: Tensor, asked: TokenValues) -> Tensor:
     """The same [t, K] of whole logits, differentiable."""
-    log_p = torch.log_softmax(z_tV / asked.temperature, -1)
+    z_tV = z_tV / asked.temperature
+    log_p = torch.log_softmax(z_tV, -1)
     valid = targets_t != IGNORE
     values = [log_p.gather(1, targets_t.clamp(min=0).unsqueeze(1)).squeeze(1)]
     values += [torch.special.entr(log_p.exp()).sum(1)] if asked.entropies else []
+    values += [EXTRAS[name](z_tV.detach(), log_p.detach(), values[0].detach()) for name in asked.extras]
     return torch.stack(values, -1).masked_fill(~valid.unsqueeze(1), 0.0)
 
 
@@ -80,7 +94,7 @@ def _gradient_(z: Tensor, targets: Tensor, grad_tK: Tensor, asked: TokenValues) 
     if asked.entropies:
         p = log_p.exp()
         entropy = torch.special.entr(p).sum(1, keepdim=True)
-        dz = log_p.add_(entropy).mul_(grad[:, 1:]).add_(g).mul_(p).neg_()
+        dz = log_p.add_(entropy).mul_(grad[:, 1:2]).add_(g).mul_(p).neg_()
     else:
         dz = log_p.exp_().mul_(-g)
     return dz.scatter_add_(1, targets.clamp(min=0).unsqueeze(1), g).div_(asked.temperature)

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer as HfTrainer
 from transformers import TrainingArguments
 
-from ds_cp import agreement, comm, config, engine, factor, preflight
+from ds_cp import agreement, comm, config, engine, factor, preflight, trl_trainers
 from ds_cp.batch import DOCUMENT_KEYS, count_targets
 from ds_cp.deal import Passes
 from ds_cp.mesh import Mesh
@@ -33,7 +33,7 @@ ALIKE = (
 """Arguments that ranks with different ones would wait for each other over, or train otherwise."""
 
 
-class TrainerMixin(Reliable):
+class TrainerMixin(trl_trainers.Rows, Reliable):
     """Put in front of `transformers.Trainer` or a subclass: `class SFT(ds_cp.TrainerMixin, trl.SFTTrainer): ...`.
 
     Needs `TrainingArguments(deepspeed=...)` whose config has a `sequence_parallel` block; with size 1, or without the block, the
@@ -42,8 +42,6 @@ class TrainerMixin(Reliable):
     Raises:
         ValueError: from the constructor, on every rank: the model, the sizes, the launch or an argument is not supported.
     """
-
-    cp_mesh: Mesh | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -55,6 +53,9 @@ class TrainerMixin(Reliable):
             return
         _check_launch(self.accelerator.num_processes)
         _check_arguments(self)
+        self.cp_trl = trl_trainers.trainer_of(self)
+        if self.cp_trl is not None:
+            trl_trainers.refuse(self, self.cp_trl, block)
         mesh, methods = engine.prepare(self.model, block, ds_config)
         factor.verify(ds_config, backward_divides=False)  # HF passes scale_wrt_gas=False
         here, steps = weakref.ref(self), self.args.gradient_accumulation_steps
@@ -67,10 +68,13 @@ class TrainerMixin(Reliable):
             steps=lambda: getattr(here(), "current_gradient_accumulation_steps", steps),
         )
         self.cp_handle.watch.follow(self, "state.global_step")
-        if block.loss_reduction in ("mean", "sum"):
-            self.model_accepts_loss_kwargs = False  # no num_items_in_batch
-        self.loss_is_scaled_for_ga = {"mean": False, "token_mean": True, "sum": True}.get(block.loss_reduction)
         self.cp_mesh = mesh
+        if self.cp_trl is not None:
+            self.begin_trl()
+        else:
+            if block.loss_reduction in ("mean", "sum"):
+                self.model_accepts_loss_kwargs = False  # no num_items_in_batch
+            self.loss_is_scaled_for_ga = {"mean": False, "token_mean": True, "sum": True}.get(block.loss_reduction)
         self._cp_tokens, self._cp_paused, self._cp_clock = 0, 0.0, None
         self.accelerator.dataloader_config.dispatch_batches = False  # every rank reads a stream itself
 
@@ -90,6 +94,9 @@ class TrainerMixin(Reliable):
             return super().compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
         if model.training:
             self._count_tokens(inputs)
+        if self.cp_trl is not None:
+            with self.rows_as_processes():
+                return super().compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
         keywords = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
         keywords["label_smoothing"] = self.args.label_smoothing_factor
         outputs = model(**inputs, **keywords)
@@ -103,10 +110,12 @@ class TrainerMixin(Reliable):
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Sharded evaluation; logits, where metrics ask for them, are those of the whole rows."""
-        if self.cp_mesh is not None:
+        if self.cp_mesh is not None and self.cp_trl is None:
             self._cp_rows = len(_tokens(inputs))
         if self.cp_mesh is None or prediction_loss_only:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys=ignore_keys)
+        if self.cp_trl is not None:
+            raise ValueError(f"predict: {self.cp_trl} would return the logits of a shard; call evaluate, or predict in one process")
         inputs = self._prepare_inputs(inputs)
         items = self._get_num_items_in_batch([inputs], self.args.device)
         with torch.no_grad():
@@ -153,6 +162,8 @@ class TrainerMixin(Reliable):
         local = torch.stack([count_targets(batch).to(device) for batch in batch_samples]).sum()
         if self.args.average_tokens_across_devices:
             return comm.all_sum(local, self.cp_mesh.data.group)
+        if self.cp_trl is not None:
+            return local
         return local * self.cp_mesh.data.size  # each replica divides by its own count, then replicas are averaged
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -168,22 +179,24 @@ class TrainerMixin(Reliable):
 
     def _count_tokens(self, inputs: Mapping[str, Any]) -> None:
         self._cp_clock = time.perf_counter() if self._cp_clock is None else self._cp_clock
-        tokens = _tokens(inputs)
-        self._cp_tokens += tokens.shape[0] * tokens.shape[1]
+        keys = [key for key in ("prompt_ids", "completion_ids") if key in inputs]  # of GRPO
+        tokens = [inputs[key] for key in keys] or [_tokens(inputs)]
+        self._cp_tokens += sum(part.shape[0] * part.shape[1] for part in tokens)
 
     def _gather_rows(self, tensors: Any) -> Any:
         """One entry per row from all replicas, without the repeats that accelerate added to even the last batch."""
-        state, size = self.accelerator.gradient_state, self.get_cp_size()
+        state = self.accelerator.gradient_state
         remainder = state.remainder if state.end_of_dataloader else -1
-        if self.cp_mesh.data.size == 1:  # HF repeats a loss by the batch size of the arguments, also that of a shorter batch
+        # HF repeats a loss by the batch size of the arguments, also that of a shorter batch; TRL's batch may be one packed row.
+        if self.cp_mesh.data.size == 1 and self.cp_trl is None:
             remainder = self._cp_rows
 
-        def one_per_group(x: Tensor) -> Tensor:
-            rows = x.unflatten(0, (self.cp_mesh.data.size, size, -1))[:, 0].flatten(0, 1)
+        def once(x: Tensor) -> Tensor:
+            rows = trl_trainers.one_per_group(x, self.cp_mesh)
             return rows[:remainder] if remainder > 0 else rows
 
         gathered = self.accelerator.gather(tensors)
-        return one_per_group(gathered) if isinstance(gathered, Tensor) else type(gathered)(map(one_per_group, gathered))
+        return once(gathered) if isinstance(gathered, Tensor) else type(gathered)(map(once, gathered))
 
 
 class Trainer(TrainerMixin, HfTrainer):

@@ -29,11 +29,12 @@ from ds_cp.kernels.attention import Score
 from ds_cp.late import Late
 from ds_cp.loss import LOCAL, CausalLMLoss
 from ds_cp.mesh import Mesh
-from ds_cp.models import counted, family_of, lm_head, mlp, routers, vision
+from ds_cp.models import counted, family_of, lm_head, mlp, routers, scored, vision
 from ds_cp.models.checks import token_mixers, window_of
 from ds_cp.models.relay import relays
 from ds_cp.models.same_row import SameRow, check_plan
 from ds_cp.offload import Offload
+from ds_cp.token_values import TokenValues
 from ds_cp.watch import Preemption, Watch
 
 IMPLEMENTATION = "ds_cp"  # must not hold "flash": transformers branches on that substring
@@ -69,8 +70,11 @@ class Handle:
     activation_offload: bool = False
     watch: Watch | None = None
     preemption: Preemption | None = None
+    token_values: TokenValues | None = None
+    """What a call for the scores of tokens gives (`scored`), for whoever makes such calls."""
     _undo: list[Any] | None = None
     _checked: bool = False
+    _scored: scored.Call | None = None
     _local: Tensor | None = None
     """This rank's own part of the loss that was computed last."""
     _loss: tuple[Late, Tensor, Tensor] | None = None
@@ -167,6 +171,7 @@ class Handle:
         _refuse_keywords(given)
         vision.refuse_parts(given, module.config)
         device = next(module.parameters()).device
+        self._scored = scored.begin(given, self.token_values)
         self._same_row.check(given, device)
         census = None if self._checked else Census()
         asked = {key: given.pop(key, None) for key in lm_head.CALL_KEYS}
@@ -218,16 +223,31 @@ class Handle:
             )
             output = counted.with_loss(output, loss)
         output = self._routers.end(self._head.end(output, context), context)
+        if self._scored is not None:
+            output = self._end_scored(output, context)
         logits = getattr(output, "logits", None)
         if isinstance(logits, Tensor):
             setattr(logits, CONTEXT, context)
         self._enter("after the forward" if torch.is_grad_enabled() else "evaluation")
         loss = getattr(output, "loss", None)
-        if isinstance(loss, Tensor) and loss.requires_grad:
-            loss.register_hook(lambda grad: self._enter("backward"))
-            if self.model.dtype != torch.float16:
-                self._loss = Late(torch.isfinite(loss.detach())), loss.detach(), self._local
+        if isinstance(loss, Tensor):
+            self._follow(loss, loss.detach(), self._local)
         return output
+
+    def _end_scored(self, given: Any, context: SequenceContext) -> scored.TokenOutput:
+        call, self._scored = self._scored, None
+        local = given.logits
+        output = call.end(local, getattr(given, "aux_loss", None), context)
+        self._follow(output.log_probs, -output.log_probs.detach().sum(), -local[..., 0].detach().sum())
+        return output
+
+    def _follow(self, computed: Tensor, loss: Tensor, own: Tensor | None) -> None:
+        """Notes when backward comes to what this pass has computed, and its loss for `check_finite`."""
+        if not computed.requires_grad:
+            return
+        computed.register_hook(lambda grad: self._enter("backward"))
+        if self.model.dtype != torch.float16:
+            self._loss = Late(torch.isfinite(loss)), loss, own
 
     def _enter(self, phase: str) -> None:
         if self.watch is not None:

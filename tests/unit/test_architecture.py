@@ -83,6 +83,7 @@ IMPORTS = _table(
         "engine": "config topology layout comm factor preflight tiles mesh kernels.attention kernels.delta kernels.choice "
         "kernels.probe batch attention delta loss loader models",
         "trainer": "engine",
+        "trl_trainers": "engine config mesh models",
         "selftest": "engine kernels.attention tiles batch models",
         "explain": "balance layout tiles",
         "checking": "balance config layout preflight topology models",
@@ -113,7 +114,8 @@ BEYOND = _table(
         "engine": "balance token_values watch launch agreement",
         "launch": "config agreement",  # a config that one rank cannot read, or reads otherwise, ends all of them
         # reads the block, counts targets and verifies the factor as engine does; stopping and saving
-        "trainer": "batch comm config factor mesh deal reliable agreement preflight",
+        "trainer": "batch comm config factor mesh deal reliable agreement preflight trl_trainers",
+        "trl_trainers": "token_values",  # what TRL reads of a model
         "planner": "balance",  # the busiest rank's pairs of packed rows
         # names of layouts; what `check` resolves; what `selftest` runs; a model's counts
         "cli": "layout checking prove planner.read",
@@ -123,7 +125,7 @@ BEYOND = _table(
 
 OUTSIDE = _table(
     {
-        "transformers": "models checking planner.read prove engine trainer selftest reliable",
+        "transformers": "models checking planner.read prove engine trainer trl_trainers selftest reliable",
         "deepspeed": "mesh loss engine trainer factor selftest launch prove",
         "flash_attn": "kernels.attention kernels.flash4_hopper",
         "cutlass": "kernels.flash4_hopper",
