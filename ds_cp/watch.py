@@ -53,7 +53,8 @@ class Posted:
     def lost(self) -> str | None:
         """What NCCL has given up, if anything."""
         for group in _groups():
-            error = group._get_backend(torch.device("cuda")).get_error().name if dist.get_backend(group) == "nccl" else "SUCCESS"
+            nccl = "nccl" in dist.get_backend(group)
+            error = group._get_backend(torch.device("cuda")).get_error().name if nccl else "SUCCESS"
             if error != "SUCCESS":
                 what = "was not done in time" if error == "TIMEOUT" else "failed"
                 return f"a collective of its group of {group.size()} ranks {what}"

@@ -373,5 +373,7 @@ def main() -> None:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--worker"]:
         worker(json.loads(sys.argv[2]))
+        sys.stdout.flush()
+        os._exit(0)  # with a step cut off by the end of memory, the end of the interpreter may abort
     else:
         main()

@@ -127,7 +127,7 @@ FAULTS = {
     "kill-forward": r"ds_cp: rank 0 on \S+ (stopped|waited) in step 4, ",
     "kill-backward": r"ds_cp: rank 0 on \S+ (stopped|waited) in step 4, ",
     "stop": r"ds_cp: rank 0 on \S+ (stopped|waited) in step 4, ",
-    "stall": r"ds_cp: rank 0 on \S+ (stopped|waited) in step 4, forward.* rank 1 on ",
+    "stall": r"ds_cp: rank 0 on \S+ waited in step 4, .*not done in time; .*fewer .* rank 1 on ",
     "full-disk": r"ds_cp: rank 0 on \S+ (stopped|waited) in step 4, save.*: rank 1 on \S+ stopped in step 4, save",
 }
 
