@@ -26,6 +26,8 @@ from ds_cp.planner.shape import Shape
 CUBLAS = 64 * 2**20
 TILE_BYTES = 256 * 2**20
 OFFLOADED_ON_DEVICE = 2
+DQ_WAITING = 4
+"""Of a ring's steps, before they are summed, by kernels that do not sum themselves (`ds_cp.kernels.sums`)."""
 DELTA_WIDTHS = 16.2
 """What fla's kernels held at most, forward and backward, over the value heads' width in bf16 (one rank of 8, H200)."""
 
@@ -205,7 +207,7 @@ def _attention(shape: Shape, choice: Choice) -> float:
         fp32 = 2.0 * query + 2.0 * kv
         working = norm + shape.hidden + (query + kv) + query + query + (query + kv) + fp32
     if ring > 1:
-        working += 8.0 * kv + query / groups
+        working += 8.0 * kv + min(DQ_WAITING, ring - 1) * query / groups
     working += _small(shape)
     if choice.checkpointing:
         return working

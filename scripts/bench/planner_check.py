@@ -20,7 +20,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a plain checkout needs no installation
 
 from ds_cp.planner import machine as machines
-from ds_cp.planner import memory, times, traffic
+from ds_cp.planner import memory, search, times, traffic
 from ds_cp.planner.choice import Choice
 from ds_cp.planner.machine import GIB, Link, Machine
 from ds_cp.planner.shape import Shape
@@ -206,8 +206,13 @@ def _longest() -> Iterator[Point]:
             if row["outcome"] == "ok":
                 yield Point("memory, one GPU", name, what, size, row["peak_gib"], "GiB", MEMORY_BAR, state=row["state_gib"])
             elif row["outcome"] == "out of memory":
-                beyond = f"ran out of memory: the prediction must be above {row['limit_gib']:.1f} GiB"
+                beyond = "ran out of memory: " + ("planned so" if refused(size, row["limit_gib"]) else "**not planned so**")
                 yield Point("memory, one GPU", name, what, size, row["limit_gib"], "GiB", MEMORY_BAR, beyond)
+
+
+def refused(size: float, limit: float) -> bool:
+    """Whether the planner leaves out a choice of which it predicts this size, where the device has this limit (GiB)."""
+    return size * search.MARGIN > limit - machines.RESERVE_GIB
 
 
 def _real_ranks_memory() -> Iterator[Point]:
@@ -286,18 +291,13 @@ def _longest_time() -> Iterator[Point]:
             yield Point("time, a whole step", name, what, seconds, row["seconds"], "s", TIME_BAR, beyond)
 
 
-RINGS = tuple(f"h200_{name}.json" for name in ("ring", "ring_short", "attention_lengths", "attention_head256", "ring_1048576"))
+NAMES = ("h200_ring", "h200_ring_short", "h200_attention_lengths", "h200_attention_head256", "h200_ring_1048576", "h100_ring")
+RINGS = tuple(f"{name}.json" for name in NAMES)
 
 
 def _ring_time() -> Iterator[Point]:
     """Forward and backward of one layer's attention, one rank of a ring: hops are copies."""
-    for name in (
-        "h200_ring.json",
-        "h200_ring_short.json",
-        "h200_attention_lengths.json",
-        "h200_attention_head256.json",
-        "h200_ring_1048576.json",
-    ):
+    for name in RINGS:
         found = read(name)
         for row in found["rows"]:
             if row.get("section") != "speed" or row["kernel"] != "flash_attn" or row["contender"] not in ("whole row", "ring p2p"):
@@ -306,7 +306,7 @@ def _ring_time() -> Iterator[Point]:
             shape = llama(heads * size, 1, 1, heads, kv_heads, size, 1)
             choice = Choice(Topology(1, row["ring"], 1), 3, checkpointing=False)
             pairs = times.busiest(shape, choice.degrees, (0, row["tokens"]))
-            milliseconds = 1e3 * times.attention_seconds(shape, choice, device("H200", row["ring"]), pairs)
+            milliseconds = 1e3 * times.attention_seconds(shape, choice, device(found["machine"]["gpu"], row["ring"]), pairs)
             what = f"{row['tokens']:,} tokens, ring {row['ring']}, heads of {size}"
             local = row["tokens"] // row["ring"]
             beyond = f"{local:,} local tokens: launches of the host, and the first case of its process" if local < 2500 else ""
