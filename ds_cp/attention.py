@@ -75,8 +75,8 @@ def attend(
     if ulysses.size == 1:
         return RingAttention.apply(q_TNH, k_TMH, v_TMH, *rest).unsqueeze(0)
     split = split_heads(ulysses.size, q_TNH.shape[1], k_TMH.shape[1])
-    q, k, v = _tokens_for_heads(q_TNH, k_TMH, v_TMH, split, context)
-    return _heads_for_tokens(RingAttention.apply(q, k, v, *rest), context)
+    q, k, v = tokens_for_heads(q_TNH, k_TMH, v_TMH, split, context)
+    return heads_for_tokens(RingAttention.apply(q, k, v, *rest), context)
 
 
 def _attend_elsewhere(qkv: tuple[Tensor, Tensor, Tensor], route: Route, context: SequenceContext, rest: tuple[Any, ...]) -> Tensor:
@@ -91,7 +91,7 @@ def _attend_elsewhere(qkv: tuple[Tensor, Tensor, Tensor], route: Route, context:
     return parts_UTC.transpose(0, 1).reshape(1, len(q_TNH), -1, size)
 
 
-def _tokens_for_heads(
+def tokens_for_heads(
     q_TNH: Tensor, k_TMH: Tensor, v_TMH: Tensor, split: HeadSplit, context: SequenceContext
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One all-to-all: all heads of the local tokens become this rank's heads of the ring rank's tokens."""
@@ -103,7 +103,7 @@ def _tokens_for_heads(
     return mixed.view(ranks * tokens, -1, size).split((split.query, split.kv, split.kv), dim=1)
 
 
-def _heads_for_tokens(out_SnH: Tensor, context: SequenceContext) -> Tensor:
+def heads_for_tokens(out_SnH: Tensor, context: SequenceContext) -> Tensor:
     """The inverse all-to-all, of the output alone."""
     ranks = context.mesh.ulysses.size
     parts_UTnH = comm.all_to_all(out_SnH.unflatten(0, (ranks, -1)), context.mesh.ulysses.group)

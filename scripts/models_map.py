@@ -126,17 +126,26 @@ def _compared(kind: type[PreTrainedModel], config: PretrainedConfig, whole: PreT
     except ValueError as error:
         return "refused", _reason(error)
     worst = 0.0
-    for name, (ulysses, ring) in MESHES.items():
-        block = {"size": ulysses * ring, "ulysses_size": ulysses, "ring_size": ring}
+    for name, degrees in MESHES.items():
         try:
-            with contextlib.redirect_stdout(io.StringIO()):
-                report = selftest.tried(_tiny(kind, config), block)
+            report = _report(kind, config, *degrees)
         except ValueError as error:
             return "refused", _reason(error)
         worst = max(worst, report.worst[1], report.loss_error)
         if not worst <= selftest.BAR:
             return "different", f"{name}: {report.worst[0]} is off by {report.worst[1]:.1e}, the loss by {report.loss_error:.1e}"
     return "exact", f"{worst:.1e}"
+
+
+def report_of(model_type: str, ulysses: int, ring: int) -> selftest.Report:
+    """The comparison alone, on as many ranks as the pool has."""
+    return _report(MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[model_type]], config_of(model_type), ulysses, ring)
+
+
+def _report(kind: type[PreTrainedModel], config: PretrainedConfig, ulysses: int, ring: int) -> selftest.Report:
+    block = {"size": ulysses * ring, "ulysses_size": ulysses, "ring_size": ring}
+    with contextlib.redirect_stdout(io.StringIO()):
+        return selftest.tried(_tiny(kind, config), block)
 
 
 def _tiny(kind: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:

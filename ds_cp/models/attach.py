@@ -25,11 +25,12 @@ from ds_cp import comm
 from ds_cp.attention import attend
 from ds_cp.balance import Chunks, Window
 from ds_cp.batch import Methods, SequenceContext
+from ds_cp.indexed import attend_chosen
 from ds_cp.kernels.attention import Score
 from ds_cp.late import Late
 from ds_cp.loss import LOCAL, CausalLMLoss
 from ds_cp.mesh import Mesh
-from ds_cp.models import counted, family_of, lm_head, mlp, routers, scored, vision
+from ds_cp.models import counted, family_of, indexer, lm_head, mlp, routers, scored, vision
 from ds_cp.models.checks import token_mixers, window_of
 from ds_cp.models.relay import relays
 from ds_cp.models.same_row import SameRow, check_plan
@@ -108,6 +109,8 @@ class Handle:
             self.model.register_forward_hook(self._after_forward, with_kwargs=True),
         ]
         undo += [relay.remove for relay in relays(self.model, token_mixers(self.model))]  # which find what the hooks put in
+        self._indexers = indexer.Door(self.model)
+        self._indexers.apply()  # after the relays, whose context it reads
         self._undo = [before, hooks, undo]
         setattr(self.model, HANDLE, self)
 
@@ -123,6 +126,7 @@ class Handle:
         self._mlps.remove()
         self._routers.remove()
         self._counted.remove()
+        self._indexers.remove()
         self._set_attention(implementation)
         if loss is None:
             del self.model._loss_function
@@ -276,11 +280,11 @@ def attention_forward(
             f"model: {name} was called without ds_cp's context: the model drops unknown keywords on the way to its layers, or "
             "was called past its hooks; it cannot be trained under sequence parallelism"
         )
-    asked = {"dropout": dropout, **{k: kwargs.get(k) for k in ("head_mask",)}}
+    asked = {"dropout": dropout, **{k: kwargs.get(k) for k in ("head_mask", "block_indices")}}
     for what, given in asked.items():
         if given is not None and (isinstance(given, Tensor) or given):
             raise ValueError(f"model: {name} asks its attention for {what}={given}, which is not in this version of ds_cp")
-    if attention_mask is not None:
+    if attention_mask is not None and not indexer.is_stand_in(attention_mask):
         raise ValueError(f"model: {name} passes a mask of its own to its attention, which is not in this version of ds_cp")
     if cp.census is not None:
         cp.census.calls[id(module)] += 1
@@ -289,6 +293,11 @@ def attention_forward(
     window, size = _window(module, kwargs.get("sliding_window"), cp), value.shape[-1]
     if size != query.shape[-1]:  # latent attention
         query, key, value = _of_one_size(query, key, value)
+    if (chosen := kwargs.get(indexer.KEY)) is not None:
+        if score.softcap is not None:
+            raise ValueError(f"model: {name} asks for a softcap over chosen keys, which is not in this version of ds_cp")
+        out = attend_chosen(query, key, value, chosen, cp, score.scale, kwargs.get("s_aux"))
+        return out[..., :size].contiguous(), None
     return attend(query, key, value, cp, score, window, kwargs.get("s_aux"))[..., :size].contiguous(), None
 
 

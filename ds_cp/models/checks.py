@@ -15,11 +15,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ds_cp.balance import Chunks, Window
 from ds_cp.kernels.delta import Shapes
-from ds_cp.models import attention_only, counted, family_of, vision
+from ds_cp.models import attention_only, counted, family_of, indexer, vision
 
 RECURRENT = ("deltanet", "deltaattention", "mamba", "recurrent", "rwkv", "shortconv", "linearattention", "lightningattention")
 LAYER_TYPES = ("full_attention", "sliding_attention")
 CHUNKED = "chunked_attention"
+INDEXED = "indexed_attention"
 ENCODER_ATTENTION = "encoder_attn"
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
@@ -116,18 +117,27 @@ def halo(model: PreTrainedModel) -> int:
 def heads(model: PreTrainedModel) -> list[tuple[int, int]]:
     """(query heads, key/value heads) of the model's attention layers, each pair once."""
     config = model.config.get_text_config()
-    query = getattr(config, "decoder_attention_heads", None) or getattr(config, "num_attention_heads", None)
-    if query is None:  # a model without attention, which is planned as if its recurrent heads were attention's
+    query = _of_all_layers(config, "decoder_attention_heads") or _of_all_layers(config, "num_attention_heads")
+    if query is None and not attention_modules(model):  # planned as if its recurrent heads were attention's
         return list(dict.fromkeys(scan_heads(model)))
-    usual = query, getattr(config, "num_key_value_heads", None) or query
+    usual = query, _of_all_layers(config, "num_key_value_heads") or query
     return list(dict.fromkeys(_heads_of(module, query) or usual for module in attention_modules(model).values())) or [usual]
 
 
-def _heads_of(module: nn.Module, query: int) -> tuple[int, int] | None:
+def _of_all_layers(config: PretrainedConfig, key: str) -> int | None:
+    """None also where layers differ in it, of which the config then tells only layer by layer."""
+    try:
+        return getattr(config, key, None)
+    except RuntimeError:
+        return None
+
+
+def _heads_of(module: nn.Module, query: int | None) -> tuple[int, int] | None:
     """A layer's own, which may be others than the config's (Laguna, MiMo, JetMoe), where its parts tell."""
     width = getattr(getattr(module, "k_proj", None), "out_features", None)
     size, groups = getattr(module, "head_dim", None), getattr(module, "num_key_value_groups", None)
-    if not isinstance(groups, int) or query % groups:
+    query = module.num_heads if isinstance(getattr(module, "num_heads", None), int) else query
+    if not isinstance(groups, int) or query is None or query % groups:
         return None
     if not (isinstance(width, int) and isinstance(size, int)) or width % size:
         return query, query // groups
@@ -137,12 +147,19 @@ def _heads_of(module: nn.Module, query: int) -> tuple[int, int] | None:
 def head_size(model: PreTrainedModel) -> int:
     """Of queries and keys, the largest; under latent attention values have another, which `attach` pads to it."""
     config = model.config.get_text_config()
-    if getattr(config, "qk_nope_head_dim", None):
-        return config.qk_nope_head_dim + config.qk_rope_head_dim
+    latent = [
+        module.qk_nope_head_dim + module.qk_rope_head_dim for module in attention_modules(model).values() if _is_latent(module)
+    ]
+    if latent:
+        return max(latent)
     own = [getattr(module, "head_dim", None) for module in attention_modules(model).values()]
     if own and all(isinstance(size, int) for size in own):
         return max(own)
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _is_latent(module: nn.Module) -> bool:
+    return all(isinstance(getattr(module, key, None), int) for key in ("qk_nope_head_dim", "qk_rope_head_dim"))
 
 
 def refuse(model: nn.Module) -> None:
@@ -215,6 +232,8 @@ def _of_layers(model: PreTrainedModel, config: PretrainedConfig) -> Iterator[str
             yield f"{name} predicts several tokens at once, which is not in this version; load the model without it"
     for index, kind in enumerate(getattr(config, "layer_types", None) or ()):
         if kind == CHUNKED and family is None and isinstance(getattr(config, "attention_chunk_size", None), int):
+            continue
+        if kind == INDEXED and family is None and indexer.indexers(model):
             continue
         if kind not in LAYER_TYPES and kind not in handled:
             yield f"layer {index} is {kind}: only {' and '.join(LAYER_TYPES)} layers are in this version"

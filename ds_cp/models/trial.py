@@ -26,7 +26,7 @@ from ds_cp.batch import IGNORE, Methods
 from ds_cp.kernels import attention as kernels
 from ds_cp.loss import CausalLMLoss
 from ds_cp.mesh import AxisGroup, Mesh
-from ds_cp.models import attach, checks, counted, family_of, routers
+from ds_cp.models import attach, checks, counted, family_of, indexer, routers
 from ds_cp.models.relay import relays
 from ds_cp.models.twin import VOCABULARY, twin
 from ds_cp.topology import Topology
@@ -156,8 +156,10 @@ def mixes(model: PreTrainedModel) -> str | None:
     model.set_attn_implementation(IMPLEMENTATION)
     heads: list[tuple[int, int]] = []
     positions = counted.Door(model)
+    choices = indexer.Door(model)
+    doors = [*relays(model, checks.attention_modules(model)), positions, choices]
     positions.apply()
-    doors = [*relays(model, checks.attention_modules(model)), positions]
+    choices.apply()
     try:
         (whole,), wanted = _without_attention(model, (tuple(range(TOKENS)),), heads, positions)
         parts, found = _without_attention(model, SHARDS, heads, positions)

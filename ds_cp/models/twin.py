@@ -20,6 +20,8 @@ QUERY = (
     *("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads", "decoder_attention_heads"),
     *("encoder_attention_heads", "num_decoder_attention_heads", "swa_num_attention_heads"),
 )
+FAINT = 0.02
+"""A parameter that is nowhere larger has gradients that rounding drowns, its own or another's: it is made larger."""
 EXACT = (HEADS, HIDDEN, VOCABULARY)
 QUERY_BY_LAYER = ("num_attention_heads_per_layer",)
 
@@ -99,6 +101,7 @@ def twin_config(config: PretrainedConfig) -> PretrainedConfig:
     kept = _kept_layers(config, values)
     if values.get("num_kv_shared_layers"):  # the last layers take keys and values of an earlier one of their kind
         kept, values["num_kv_shared_layers"] = kept * 2, len(kept)
+    given = dict(values)
     query = next((values[key] for key in QUERY if isinstance(values.get(key), int)), None)
     for key, value in values.items():
         if key in parts:
@@ -112,7 +115,9 @@ def twin_config(config: PretrainedConfig) -> PretrainedConfig:
         elif "drop" in key and isinstance(value, float):
             values[key] = 0.0
         elif isinstance(value, dict) and value and all(str(name).isdigit() for name in value):
-            values[key] = {kept.index(int(name)): part for name, part in value.items() if int(name) in kept}
+            values[key] = {
+                kept.index(int(name)): _of_layer(part, given, query) for name, part in value.items() if int(name) in kept
+            }
         elif isinstance(value, dict) and "original_max_position_embeddings" in value:
             values[key] = {**value, "original_max_position_embeddings": OTHER}
         elif isinstance(value, bool) or not isinstance(value, int | float) or value is None:
@@ -131,6 +136,17 @@ def twin_config(config: PretrainedConfig) -> PretrainedConfig:
         values["eos_token_id"] = 2
     values |= {key: 0.2 for key in ("initializer_range", "init_std") if key in values}
     return type(config)(**values)
+
+
+def _of_layer(values: Any, given: Mapping[str, Any], query: int | None) -> Any:
+    """What one layer has for itself beside what is given for all, made small; other numbers of heads stay others."""
+    if not isinstance(values, dict):
+        return values
+    small = {key: min(value, SIZES[key]) if key in SIZES and isinstance(value, int) else value for key, value in values.items()}
+    small |= {key: HEADS if values[key] == query else 2 * HEADS for key in (*QUERY, *KV) if isinstance(values.get(key), int)}
+    if given.get("head_dim") == values.get("qk_nope_head_dim", 0) + (given.get("qk_rope_head_dim") or 0):
+        small["head_dim"] = 2 * HEAD_SIZE
+    return small
 
 
 def _kept_layers(config: PretrainedConfig, values: dict[str, Any]) -> list[int]:
@@ -156,5 +172,7 @@ def twin(model: type[PreTrainedModel], config: PretrainedConfig, seed: int = 0) 
                 module.p = 0.0
         for parameter in built.parameters():
             x = parameter.data
+            faint = 0.0 < float(x.abs().max()) < FAINT
+            x.mul_(0.1 / x.abs().max() if faint else 1.0)
             x.copy_(torch.randn_like(x) * 0.1 if not x.any() else x * (1 + 0.2 * torch.rand_like(x)))
     return built

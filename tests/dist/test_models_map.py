@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import pytest
 
+from ds_cp import selftest
 from scripts import models_map
 
 SAMPLE = (
-    *("gpt2", "opt", "bert", "diffllama", "phi", "fuyu", "gpt_bigcode"),  # learned positions, partial rotary, one key/value head
+    *("gpt2", "opt", "bert", "diffllama", "bart", "fuyu", "gpt_bigcode"),  # learned positions, partial rotary, one key/value head
     *("glm4", "hrm_text", "gemma4_unified", "exaone4", "nanochat", "minicpm3", "modernbert-decoder"),  # norms, scales, windows, latent attention
-    *("qwen2_moe", "granitemoe_swa", "laguna", "jetmoe", "mimo_v2_flash", "gemma4_text"),  # experts, sinks, heads by layer
-    *("falcon", "doge", "mamba", "inkling_text", "deepseek_v32"),  # refused
+    *("qwen2_moe", "granitemoe_swa", "laguna", "llama4_text", "mimo_v2_flash", "deepseek_v32"),  # experts, sinks, heads by layer, chunks, an indexer
+    *("falcon", "doge", "mamba", "inkling_text", "deepseek_v4"),  # refused
 )
 
 
@@ -29,3 +30,10 @@ def test_the_page_says_what_comes_out(pool, page: dict[str, models_map.Found], m
         assert through is page[model_type][2]
         if state == "refused":
             assert said == page[model_type][1]
+
+
+@pytest.mark.parametrize("model_type", ["hy_v4", "llama4_text", "marian"])  # chosen keys with sinks, chunks, positions of its own
+def test_ulysses_and_ring_together(pool, model_type: str) -> None:
+    for report in pool(4).run(models_map.report_of, model_type=model_type, ulysses=2, ring=2):
+        assert report.worst[1] < selftest.BAR, report.worst
+        assert report.loss_error < selftest.BAR

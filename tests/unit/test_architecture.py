@@ -57,6 +57,7 @@ IMPORTS = _table(
         "kernels.choice": "tiles kernels.attention kernels.sums",
         "reshard": "layout comm",
         "convolution": "layout comm",
+        "indexed": "attention batch comm layout",
         "placement": "balance layout mesh comm convolution kernels.delta",
         "batch": "layout tiles mesh",
         "packing": "batch",
@@ -99,6 +100,7 @@ BEYOND = _table(
         "head_chunks": "topology reshard tiles kernels.attention",  # the head split; who receives which; Plan; Score
         # the head split; tokens not held in its order; Score; Window
         "attention": "topology reshard layout kernels.attention balance",
+        "indexed": "topology",  # the head split
         "batch": "placement balance",  # what ranks hold; Window
         "delta": "topology reshard mesh layout",  # the head split; moving heads; the axis that shares them; the way there
         "mamba1": "topology",  # the head split
@@ -107,9 +109,10 @@ BEYOND = _table(
         "ring": "kernels.merge kernels.sums kernels.attention",  # merging; what sums gradients; Score
         "loader": "models",  # the mesh and the reduction of an engine's model
         "loss": "batch tiled_head",  # SequenceContext and IGNORE; what a token's loss is made of
-        # windows and chunks; same-row check; shapes of recurrent layers; tiles; Score; the balance loss; the one rank of a trial
+        # windows and chunks; chosen keys, in tiles
+        # same-row check; shapes of recurrent layers; tiles; Score; the balance loss; the one rank of a trial
         "models": "balance watch late comm mesh topology kernels.delta kernels.attention tiled_head token_values tiled_module "
-        "offload router_loss convolution mamba1 mamba2 lightning",
+        "offload router_loss convolution indexed layout mamba1 mamba2 lightning",
         # the public function; who is there; the process group; what ranks must have alike; chunks, which no kernel is asked about
         "engine": "balance token_values watch launch agreement",
         "launch": "config agreement",  # a config that one rank cannot read, or reads otherwise, ends all of them
