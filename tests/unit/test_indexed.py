@@ -89,6 +89,23 @@ def test_a_model_is_computed_tile_by_tile_and_given_back(monkeypatch: pytest.Mon
     assert float(trial.alone(model, batch, documents)[0]) == pytest.approx(wanted, rel=1e-6)
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("model_type", ["glm_moe_dsa", "llama4_text"])
+def test_checkpointed_layers_choose_and_count_the_same_again(model_type: str, reentrant: bool) -> None:
+    model = model_of(model_type)
+    batch, documents = trial.rows()[1]
+    wanted, gradients = trial.alone(model, batch, documents)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    attached(model, "reference")
+    model.zero_grad()
+    loss = model(**batch).loss
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(wanted, rel=1e-5)
+    for name, found in trial.gradients(model).items():
+        assert float((found - gradients[name]).abs().max()) <= 1e-4 * float(gradients[name].abs().max()) + 1e-7, name
+
+
 def test_layers_may_differ_in_heads_and_sizes() -> None:
     model = model_of("dots3_note_text")
     assert sorted(checks.heads(model)) == [(8, 8), (16, 16)]
