@@ -100,6 +100,7 @@ def prepare(model: nn.Module, block: Config, ds_config: Mapping[str, Any]) -> tu
         ValueError: on every rank: the model or the sizes are not supported, or ranks differ.
     """
     preflight.refuse_other_parallelism(ds_config)
+    preflight.refuse_compiled(model)
     inner = attach.find(model)
     agreement.agree(agreement.of_model(inner), agreement.MODEL)
     local_world = mesh.local_world_size()

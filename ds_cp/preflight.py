@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch.distributed as dist
+from torch import nn
 
 T = TypeVar("T")
 
@@ -110,6 +111,20 @@ def refuse_other_parallelism(ds_config: Mapping[str, Any]) -> None:
             f"tensor_parallel.autotp_size: {degree} is not in this version beside sequence_parallel; set it to 1, and share rows "
             "over those ranks too (sequence_parallel.size)"
         )
+
+
+def refuse_compiled(model: nn.Module) -> None:
+    """A model, or a part of one, that torch.compile has wrapped or marked: its graphs would be traced through ds_cp's hooks.
+
+    Raises:
+        ValueError: one is.
+    """
+    for name, module in model.named_modules():
+        if type(module).__name__ == "OptimizedModule" or module.__dict__.get("_compiled_call_impl") is not None:
+            raise ValueError(
+                f"torch.compile: {name or 'the model'} is compiled, which is not in this version of ds_cp under sequence "
+                "parallelism; pass the model as it is"
+            )
 
 
 def _extensions_root() -> Path:

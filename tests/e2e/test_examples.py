@@ -227,6 +227,28 @@ def logs(folder: Path) -> dict[str, dict[str, Any]]:
     return {kind: json.loads((folder / f"logs_{kind}.json").read_text(encoding="utf-8")) for kind in jobs}
 
 
+def test_accelerate_launch_with_a_deepspeed_config(logs: dict[str, dict[str, Any]], folder: Path) -> None:
+    """The script as it is, and the config by the launcher in the place of TrainingArguments(deepspeed=...)."""
+    script, data, _, options = RUNS["sft_completions"]
+    config, output = write_config(folder / "accelerate.json", 2, 1, 2), folder / "accelerate"
+    launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--use_deepspeed", "--deepspeed_config_file"]
+    launch += [
+        str(config),
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--main_process_port",
+        free_port(),
+    ]
+    options = {"model_name_or_path": folder / "model", "dataset_name": folder / data, "output_dir": output, **COMMON, **options}
+    run([*launch, str(EXAMPLES / f"{script}.py"), *flags(options)], folder)
+    history = json.loads((output / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    assert_same([entry for entry in history if "train_runtime" not in entry], logs["upstream"]["sft_completions"][:-1])
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_would_be_wrong_is_refused_before_training(logs: dict[str, dict[str, Any]], name: str) -> None:
     assert isinstance(logs["sharded"][name], str), "it has trained"

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 from ds_cp import preflight
 
@@ -80,3 +82,17 @@ def test_the_folder_is_torchs_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     path = lock(tmp_path, age_s=10 * preflight.STALE_AFTER_S)
     with pytest.raises(ValueError, match=str(path)):
         preflight.check_extension_locks()
+
+
+@pytest.mark.parametrize("part", ["the model", "1", "0"])
+def test_what_torch_compile_has_taken_is_refused(part: str) -> None:
+    model: nn.Module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    preflight.refuse_compiled(model)
+    if part == "the model":
+        model = torch.compile(model, backend="eager")
+    elif part == "1":
+        model[1].compile(backend="eager")
+    else:
+        model[0] = torch.compile(model[0], backend="eager")
+    with pytest.raises(ValueError, match=f"torch.compile: {part} is compiled"):
+        preflight.refuse_compiled(model)
