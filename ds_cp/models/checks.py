@@ -224,7 +224,7 @@ def _of_layers(model: PreTrainedModel, config: PretrainedConfig) -> Iterator[str
     inside = {id(part) for mixer in mixers.values() for part in mixer.modules()} | other_modules(model)
     for name, module in model.named_modules():
         kind = type(module).__name__
-        if _is_recurrent(kind.lower()) and id(module) not in inside and not _holds(module, inside):
+        if _is_recurrent(type(module)) and id(module) not in inside and not _holds(module, inside):
             yield f"{name} is a {kind}: recurrent layers of this kind are not in this version"
         if isinstance(module, nn.Conv1d) and id(module) not in inside:
             yield f"{name} is a convolution over tokens, which would not see the neighbouring shard"
@@ -250,8 +250,10 @@ def _of_layers(model: PreTrainedModel, config: PretrainedConfig) -> Iterator[str
             yield f"{name} has a sliding window of {window} that it does not pass to its attention"
 
 
-def _is_recurrent(kind: str) -> bool:
-    return "norm" not in kind and any(word in kind for word in RECURRENT)
+def _is_recurrent(kind: type[nn.Module]) -> bool:
+    """By its name, but for attention of that name (Kimi Linear's)."""
+    name = kind.__name__.lower()
+    return "norm" not in name and any(word in name for word in RECURRENT) and not _uses_interface(kind)
 
 
 def _holds(module: nn.Module, inside: set[int]) -> bool:

@@ -50,6 +50,7 @@ IMPORTS = _table(
         "kernels.delta": "tiles kernels.affine",
         "kernels.affine": "",
         "kernels.ssd": "kernels.delta",
+        "kernels.kda": "kernels.delta",
         "kernels.selective": "kernels.delta",
         "kernels.merge": "kernels.merge_cuda",
         "kernels.merge_cuda": "",
@@ -66,6 +67,7 @@ IMPORTS = _table(
         "head_chunks": "ring comm batch",
         "delta": "comm batch",
         "lightning": "delta kernels.ssd batch",
+        "kda": "delta kernels.kda batch",
         "mamba1": "delta kernels.selective batch",
         "mamba2": "delta kernels.ssd kernels.delta batch",
         "tiled_head": "batch kernels.token_loss_cuda",
@@ -106,13 +108,14 @@ BEYOND = _table(
         "mamba1": "topology",  # the head split
         "mamba2": "topology",
         "lightning": "reshard",  # moving heads
+        "kda": "reshard",
         "ring": "kernels.merge kernels.sums kernels.attention",  # merging; what sums gradients; Score
         "loader": "models",  # the mesh and the reduction of an engine's model
         "loss": "batch tiled_head",  # SequenceContext and IGNORE; what a token's loss is made of
         # windows and chunks; chosen keys, in tiles
         # same-row check; shapes of recurrent layers; tiles; Score; the balance loss; the one rank of a trial
         "models": "balance watch late comm mesh topology kernels.delta kernels.attention tiled_head token_values tiled_module "
-        "offload router_loss convolution indexed layout mamba1 mamba2 lightning",
+        "offload router_loss convolution indexed layout mamba1 mamba2 lightning kda",
         # the public function; who is there; the process group; what ranks must have alike; chunks, which no kernel is asked about
         "engine": "balance token_values watch launch agreement",
         "launch": "config agreement",  # a config that one rank cannot read, or reads otherwise, ends all of them

@@ -29,6 +29,7 @@ from ds_cp.models import (
     families,
     family_dense,
     family_gated_delta,
+    family_kda,
     family_lightning,
     family_mamba1,
     family_mamba2,
@@ -104,16 +105,6 @@ REFUSED = {
         "router_jitter_noise is 0.1",
     ),
     "recurrent (mamba)": (lambda: small("mamba", state_size=4), "recurrent layers of this kind are not in this version"),
-    "recurrent (kimi_linear)": (
-        lambda: small(
-            "kimi_linear",
-            pad_token_id=0,
-            layer_types=["linear_attention", "full_attention"],
-            num_experts=2,
-            num_experts_per_token=1,
-        ),
-        "is a KimiLinearDeltaAttention: recurrent layers of this kind are not in this version",
-    ),
     "dropout (llama)": (lambda: small("llama", attention_dropout=0.1), "attention_dropout is 0.1: set it to 0"),
     "length-dependent rope (llama)": (
         lambda: small("llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
@@ -210,8 +201,21 @@ def test_an_attached_model_saves_a_config_without_our_implementation(tmp_path: A
     assert attach.IMPLEMENTATION not in (tmp_path / "config.json").read_text()
 
 
-SOURCES = gated_delta.SOURCES | family_short_conv.SOURCES | family_mamba2.SOURCES | family_lightning.SOURCES | family_mamba1.SOURCES
-OTHERS = family_short_conv.MODEL_TYPES | family_mamba2.MODEL_TYPES | family_lightning.MODEL_TYPES | family_mamba1.MODEL_TYPES
+SOURCES = (
+    gated_delta.SOURCES
+    | family_short_conv.SOURCES
+    | family_mamba2.SOURCES
+    | family_lightning.SOURCES
+    | family_mamba1.SOURCES
+    | family_kda.SOURCES
+)
+OTHERS = (
+    family_short_conv.MODEL_TYPES
+    | family_mamba2.MODEL_TYPES
+    | family_lightning.MODEL_TYPES
+    | family_mamba1.MODEL_TYPES
+    | family_kda.MODEL_TYPES
+)
 RESTATED = sorted(family_gated_delta.MODEL_TYPES | OTHERS)
 
 
