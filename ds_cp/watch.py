@@ -28,6 +28,7 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from operator import attrgetter
 from types import TracebackType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -36,6 +37,7 @@ BEAT_S = 2.0
 SILENT_S = 300.0
 GRACE_S = 30.0
 ANSWER_S = 3 * BEAT_S
+ANSWER_TURNS = 12
 STORE_S = 10.0
 """For one answer of the store."""
 CONNECT = timedelta(seconds=60)
@@ -48,17 +50,30 @@ class Posted:
 
     def count(self) -> int:
         """Collectives since the start, hops left out."""
-        return sum(group._get_sequence_number_for_group() for group in _groups())
+        return sum(_asked_of(group, lambda group: group._get_sequence_number_for_group(), 0) for group in _groups())
 
     def lost(self) -> str | None:
         """What NCCL has given up, if anything."""
         for group in _groups():
-            nccl = "nccl" in dist.get_backend(group)
-            error = group._get_backend(torch.device("cuda")).get_error().name if nccl else "SUCCESS"
+            error = _asked_of(group, _nccl_error, "SUCCESS")
             if error != "SUCCESS":
                 what = "was not done in time" if error == "TIMEOUT" else "failed"
                 return f"a collective of its group of {group.size()} ranks {what}"
         return None
+
+
+def _nccl_error(group: dist.ProcessGroup) -> str:
+    if "nccl" not in dist.get_backend(group):
+        return "SUCCESS"
+    return group._get_backend(torch.device("cuda")).get_error().name
+
+
+def _asked_of(group: dist.ProcessGroup, question: Callable[[dist.ProcessGroup], Any], unknown: Any) -> Any:
+    """The main thread may be destroying the group, and not every backend knows an answer."""
+    try:
+        return question(group)
+    except (AttributeError, RuntimeError, ValueError):
+        return unknown
 
 
 def _groups() -> list[dist.ProcessGroup]:
@@ -126,7 +141,9 @@ class Watch:
 
         def ask() -> None:
             asked = self._store.add("asked", 1)
-            time.sleep(ANSWER_S)
+            for _ in range(ANSWER_TURNS):  # others may ask at the same time, and this may be the thread that answers them
+                time.sleep(ANSWER_S / ANSWER_TURNS)
+                self._answer()
             others = [rank for rank in range(len(self.hosts)) if rank != self.rank]
             there = {rank for rank in others if self._store.check([f"here/{asked}/{rank}"])}
             gone = [self.name(rank) for rank in others if rank not in there]
@@ -180,9 +197,9 @@ class Watch:
 
     def _answer(self) -> None:
         asked = self._store.add("asked", 0)
-        if asked > self._answered:
-            self._answered = asked
-            self._store.set(f"here/{asked}/{self.rank}", f"{self.place()}\n{self.posted.count()}")
+        for number in range(self._answered + 1, asked + 1):
+            self._store.set(f"here/{number}/{self.rank}", f"{self.place()}\n{self.posted.count()}")
+        self._answered = asked
 
     def _failure(self) -> str | None:
         if self._store.check(["failed"]):

@@ -112,6 +112,32 @@ def test_what_nccl_gave_up_ends_the_rank_wherever_it_is(ranks: list[Watch], monk
     assert ranks[2].look() == "ds_cp: rank 2 on host2 waited in step 1, backward for others and ends: " + line.format("")
 
 
+def test_ranks_that_call_the_roll_together_answer_each_other(ranks: list[Watch], monkeypatch: pytest.MonkeyPatch) -> None:
+    turns = []
+
+    def sleep(_: float) -> None:  # while rank 0 waits for answers, rank 1 asks too, and waits for longer
+        turns.append(None)
+        if len(turns) == 1:
+            found.append(ranks[1].roll_call())
+            ranks[2].look()
+
+    found: list[str] = []
+    monkeypatch.setattr(watches.time, "sleep", sleep)
+    monkeypatch.setattr(watches, "_within", lambda _, work: work() or True)
+    monkeypatch.setattr(watches, "ANSWER_TURNS", 2)
+    assert ranks[0].roll_call() == ""  # rank 1 answered it out of its own wait, rank 2 both in one look
+    assert found == ["no answer from rank 0 on host1, rank 2 on host2"]  # which the test let answer only afterwards
+
+
+def test_a_group_that_goes_away_under_the_watch_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = object()
+    monkeypatch.setattr(watches, "_groups", lambda: [gone])
+    monkeypatch.setattr(watches.dist, "get_backend", lambda group: {}[group])
+    assert watches.Posted().count() == 0
+    monkeypatch.setattr(watches.dist, "get_backend", lambda _: (_ for _ in ()).throw(ValueError("destroyed")))
+    assert watches.Posted().lost() is None
+
+
 def test_a_failure_that_is_known_is_what_nccl_waited_for(ranks: list[Watch], monkeypatch: pytest.MonkeyPatch) -> None:
     ranks[1].enter("save")
     ranks[1].failed("OSError: disk full")
