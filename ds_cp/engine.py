@@ -99,9 +99,9 @@ def prepare(model: nn.Module, block: Config, ds_config: Mapping[str, Any]) -> tu
     Raises:
         ValueError: on every rank: the model or the sizes are not supported, or ranks differ.
     """
-    preflight.refuse_other_parallelism(ds_config)
     preflight.refuse_compiled(model)
     inner = attach.find(model)
+    preflight.refuse_other_parallelism(ds_config, inner.config.model_type)
     agreement.agree(agreement.of_model(inner), agreement.MODEL)
     local_world = mesh.local_world_size()
     degrees, methods, dtype = preflight.together(lambda: _resolve(inner, block, ds_config, local_world))

@@ -99,3 +99,22 @@ def test_a_model_without_a_balance_loss_is_refused_one(pool) -> None:
     with pytest.raises(WorkerError) as caught:
         pool(2).run(jobs.parity, model_type="glm4_moe", block=block(1, 2), stage=0, changes={"output_router_logits": True})
     assert "Glm4MoeForCausalLM has no balance loss in transformers" in caught.value.errors[0][1]
+
+
+@pytest.mark.parametrize(
+    ("world", "mesh", "ep", "stage"),
+    [(2, (2, 1), 2, 0), (2, (1, 2), 2, 1), (4, (1, 2), 2, 2), (4, (1, 2), 4, 3), (4, (2, 2), 4, 1), (4, (2, 2), 2, 3)],
+    ids=str,
+)
+def test_experts_spread_by_deepspeeds_autoep(pool, world: int, mesh: tuple[int, int], ep: int, stage: int) -> None:
+    """On the ranks that share a row, and over two replicas with rows of their own."""
+    for errors, norm, true in pool(world).run(moe_jobs.autoep, stage=stage, ep=ep, block=block(*mesh)):
+        assert {name: error for name, error in errors.items() if error > 1e-5} == {}
+        assert stage == 0 or norm == pytest.approx(true, rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_gradients_are_clipped_by_the_norm_of_all_experts_under_autoep(pool, stage: int) -> None:
+    for errors, norm, true in pool(4).run(moe_jobs.autoep, stage=stage, ep=2, block=block(1, 2), clipping=0.3):
+        assert norm == pytest.approx(true, rel=1e-5)
+        assert {name: error for name, error in errors.items() if error > 1e-5} == {}

@@ -31,17 +31,18 @@ def lock(root: Path, age_s: float) -> Path:
 @pytest.mark.parametrize(
     ("section", "reason"),
     [
-        ({"expert_parallel": {"enabled": True, "autoep_size": 2}}, "expert_parallel.enabled: true is not in this version"),
+        ({"expert_parallel": {"enabled": True, "autoep_size": 2}}, "is in this version for deepseek_v3, not for mixtral: "),
         ({"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel.autotp_size: 2 is not in this version"),
     ],
 )
 def test_other_ways_to_split_layers_are_refused(section: dict[str, Any], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
-        preflight.refuse_other_parallelism(section)
+        preflight.refuse_other_parallelism(section, "mixtral")
 
 
 def test_other_ways_to_split_layers_may_be_off() -> None:
-    preflight.refuse_other_parallelism({"expert_parallel": {"enabled": False}, "tensor_parallel": {"autotp_size": 1}})
+    preflight.refuse_other_parallelism({"expert_parallel": {"enabled": False}, "tensor_parallel": {"autotp_size": 1}}, "mixtral")
+    preflight.refuse_other_parallelism({"expert_parallel": {"enabled": True}}, "deepseek_v3")
 
 
 def test_no_lock_is_no_wait(tmp_path: Path) -> None:
