@@ -105,9 +105,10 @@ def refuse_other_parallelism(ds_config: Mapping[str, Any], model_type: str) -> N
     if ds_config.get("expert_parallel", {}).get("enabled") is True and model_type not in AUTOEP:
         raise ValueError(
             f"expert_parallel.enabled: true beside sequence_parallel is in this version for {', '.join(AUTOEP)}, "
-            f"not for {model_type or 'a model that is not named'}: DeepSpeed's AutoEP puts layers of its own in the place of the model's, which were not compared there (or which "
-            "DeepSpeed 0.19.8 cannot build with transformers 5.23: Mixtral, Qwen3-MoE); set it to false, and use ZeRO-3, which "
-            "splits all experts over all ranks and gathers a layer's for the time of its use"
+            f"not for {model_type or 'a model that is not named'}: DeepSpeed's AutoEP puts layers of its own in the place of the "
+            "model's, which were not compared there (or which DeepSpeed 0.19.8 cannot build with transformers 5.23: Mixtral, "
+            "Qwen3-MoE); set it to false, and use ZeRO-3, which splits all experts over all ranks and gathers a layer's for the "
+            "time of its use"
         )
     degree = ds_config.get("tensor_parallel", {}).get("autotp_size", 0)
     if degree not in (0, 1, "auto"):
