@@ -63,7 +63,7 @@ class Rows:
         if getattr(self, "ref_model", None) is not None:
             _attach_reference(self.ref_model, handle, TokenValues(temperature=asked.temperature))
         if self.cp_trl == "GRPOTrainer":
-            _share_generations(self.args, self.num_generations, self.cp_mesh)
+            _share_generations(self.args, self.num_generations, self.num_generations_eval, self.cp_mesh)
 
     @contextmanager
     def rows_as_processes(self) -> Iterator[None]:
@@ -178,12 +178,22 @@ def _attach_reference(wrapped: nn.Module, handle: attach.Handle, asked: TokenVal
     attach.Handle(model, handle.mesh, handle.methods, handle.loss, handle.loss_chunk, token_values=asked).apply()
 
 
-def _share_generations(args: Any, generations: int, mesh: Mesh) -> None:
-    """GRPO counts a batch of completions over ranks; and each rank has drawn a seed of its own."""
-    whole, args.generation_batch_size = args.generation_batch_size, args.generation_batch_size // mesh.seq.size
+def _share_generations(args: Any, generations: int, evaluated: int, mesh: Mesh) -> None:
+    """GRPO counts a batch of completions over ranks; and each rank has drawn a seed of its own.
+
+    Args: generations, evaluated: completions of a prompt, in training and in evaluation.
+    """
+    args.generation_batch_size = args.per_device_train_batch_size * mesh.data.size * args.steps_per_generation
+    whole = args.generation_batch_size * mesh.seq.size
     if args.generation_batch_size % generations:
         raise ValueError(
             f"generation_batch_size: {whole} over ranks is {args.generation_batch_size} over rows, which num_generations = "
             f"{generations} must divide; change per_device_train_batch_size, gradient_accumulation_steps or num_generations"
+        )
+    rows = args.per_device_eval_batch_size * mesh.data.size
+    if args.eval_strategy != "no" and rows % evaluated:
+        raise ValueError(
+            f"per_device_eval_batch_size: {args.per_device_eval_batch_size} rows of each of {mesh.data.size} replicas are {rows}, "
+            f"which num_generations_eval = {evaluated} must divide; change per_device_eval_batch_size or num_generations_eval"
         )
     set_seed(args.seed + mesh.data.rank)

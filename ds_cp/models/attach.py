@@ -173,7 +173,6 @@ class Handle:
         self.check_finite()
         given = {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
         _refuse_keywords(given)
-        vision.refuse_parts(given, module.config)
         device = next(module.parameters()).device
         self._scored = scored.begin(given, self.token_values)
         self._same_row.check(given, device)

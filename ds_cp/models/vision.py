@@ -38,6 +38,8 @@ PIXELS: Mapping[str, str] = {"image": "pixel_values", "video": "pixel_values_vid
 KEYS = (*PIXELS.values(), "image_grid_thw", "video_grid_thw", "second_per_grid_ts", "mm_token_type_ids", "mm_encoder_outputs")
 PLACEHOLDERS = tuple(f"{kind}_token_{name}" for kind in ("image", "video", "audio") for name in ("id", "index"))
 """Fields of configs with the token that stands where an image or sound is put in."""
+TEXT_IS_ZERO: Mapping[str, tuple[str, ...]] = {"gemma3": ("mm_token_type_ids", "token_type_ids")}
+"""By model type the token types in which 0 is text; others' token_type_ids mean something else (PaliGemma: 0 is a prefix)."""
 
 
 @dataclass(frozen=True)
@@ -72,11 +74,15 @@ def has_parts(config: PretrainedConfig) -> bool:
 
 
 def refuse_parts(given: dict[str, Any], config: PretrainedConfig) -> None:
-    """Raises a ValueError for pixels, sound and their tokens in a batch for a model of which the text alone is sharded."""
-    if not has_parts(config) or has_vision(config):
-        return
+    """Raises a ValueError for pixels, sound and their tokens in a batch for a model of which the text alone is sharded.
+
+    Token types that say "all text", as a processor gives them, are taken out: a model does the same without them.
+    """
+    for key in TEXT_IS_ZERO.get(config.model_type, ("mm_token_type_ids",)):
+        if isinstance(types_BS := given.get(key), Tensor) and not types_BS.any():
+            del given[key]
     known, ids_BS = (*TOKEN_KEYS, *DOCUMENT_KEYS, *CALL_KEYS), given.get("input_ids")
-    other = next((key for key, x in given.items() if isinstance(x, Tensor) and x.ndim and key not in known), None)
+    other = next((key for key, x in given.items() if _has_tensors(x) and key not in known), None)
     if other is None and ids_BS is not None:
         places = {key: getattr(config, key, None) for key in PLACEHOLDERS}
         other = next((f"tokens of {key}" for key, token in places.items() if token is not None and (ids_BS == token).any()), None)
@@ -85,6 +91,11 @@ def refuse_parts(given: dict[str, Any], config: PretrainedConfig) -> None:
             f"batch: {other}: of {config.model_type} only the text is sharded in this version, not images or sound; leave them "
             "out, or set sequence_parallel.size to 1"
         )
+
+
+def _has_tensors(x: Any) -> bool:
+    """With dimensions; of images that differ in size a processor gives a list."""
+    return any(map(_has_tensors, x)) if isinstance(x, list | tuple) else isinstance(x, Tensor) and x.ndim > 0
 
 
 def deal(patches: Sequence[int], ranks: int) -> list[int]:
@@ -97,17 +108,21 @@ def deal(patches: Sequence[int], ranks: int) -> list[int]:
 
 
 class Door:
-    """The tower of one attached model; of a model without one it does nothing."""
+    """The tower of one attached model; of a model whose text alone is sharded it lets in nothing else."""
 
     def __init__(self, model: PreTrainedModel, mesh: Mesh) -> None:
         self._model, self._mesh, self._on = model, mesh, has_vision(model.config)
+        self._text_alone = has_parts(model.config) and not self._on
 
     def begin(self, given: dict[str, Any], device: torch.device) -> Encoded | None:
         """Takes what is meant for the tower out of a call's keywords, puts the positions in, and encodes this rank's share.
 
         Raises:
-            ValueError: images that do not fit the tokens, or without what their positions are computed from.
+            ValueError: images that do not fit the tokens, or without what their positions are computed from; any, where the text
+                alone is sharded.
         """
+        if self._text_alone:
+            self._refuse_parts(given, device)
         if not self._on:
             return None
         taken = {key: value for key in KEYS if (value := given.pop(key, None)) is not None}
@@ -135,6 +150,14 @@ class Door:
             more = {"deepstack_features": [(part,) for part in deeper]} if deeper else {}
             outputs[kind] = type(encoded.output)(pooler_output=(first,), **more)
         return {"mm_encoder_outputs": outputs}
+
+    def _refuse_parts(self, given: dict[str, Any], device: torch.device) -> None:
+        reason = None
+        try:
+            refuse_parts(given, self._model.config)
+        except ValueError as error:
+            reason = error
+        self._any_replica(False, reason, device)
 
     def _refuse(self, given: dict[str, Any], taken: dict[str, Any], kinds: tuple[str, ...]) -> None:
         if "mm_encoder_outputs" in taken:

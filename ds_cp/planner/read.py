@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ds_cp import checking
-from ds_cp.models import checks, mlp
+from ds_cp.models import checks, family_of, mlp
 from ds_cp.planner.shape import Linear, Shape
 
 TOKENS = 8
@@ -29,6 +29,15 @@ def read(name: str) -> Shape:
 
 
 def of(model: PreTrainedModel, name: str) -> Shape:
+    """
+    Raises:
+        ValueError: it has recurrent layers whose time and memory are not counted.
+    """
+    if scans := _scans(model):
+        raise ValueError(
+            f"plan: {name}: the planner does not know the scans of {', '.join(scans)}; choose sizes by hand and run ds-cp check, "
+            "which knows them"
+        )
     config = model.config.get_text_config()
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     tied = head is None or head.weight is embedding.weight
@@ -75,6 +84,13 @@ def kept_by(norm: nn.Module, hidden: int) -> float:
     kept[out.untyped_storage()._cdata] = out.untyped_storage()
     whole = sum(storage.nbytes() for key, storage in kept.items() if key not in own and storage.nbytes() >= x.nbytes)
     return whole / x.nbytes
+
+
+def _scans(model: PreTrainedModel) -> list[str]:
+    """Classes of the recurrent layers other than Gated DeltaNet."""
+    family = family_of(model.config)
+    mixers = family.mixers(model).values() if family else ()
+    return sorted({type(module).__name__ for module in mixers if family.scan_heads(module) is not None})
 
 
 def _windows(model: PreTrainedModel) -> tuple[int | None, ...]:

@@ -6,10 +6,13 @@ from typing import Any
 
 import torch
 from PIL import Image, ImageDraw
+from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, PreTrainedModel
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from ds_cp import selftest
+from ds_cp import mesh, selftest
 from ds_cp.batch import IGNORE
+from ds_cp.models import vision
+from ds_cp.topology import Topology
 from tests.dist import jobs
 
 IMAGE, VIDEO, START, END = 91, 92, 93, 94
@@ -124,3 +127,22 @@ def positions(model_type: str, rows: list[dict[str, Any]]) -> list[torch.Tensor]
     index = selftest.tiny_model(model_type).model.get_rope_index
     keys = ("input_ids", "mm_token_type_ids", "image_grid_thw", "video_grid_thw")
     return [index(**{key: each[key] for key in keys if key in each})[0] for each in rows]
+
+
+def llava() -> PreTrainedModel:
+    """A tower that no family lists, before a Llama."""
+    tower = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}
+    text = {**tower, "hidden_size": 32, "num_key_value_heads": 2, "num_hidden_layers": 2, "vocab_size": 64, "model_type": "llama"}
+    config = CONFIG_MAPPING["llava"](
+        text_config=text, vision_config={"model_type": "siglip_vision_model", **tower}, image_token_id=63
+    )
+    return AutoModelForImageTextToText.from_config(config)
+
+
+def to_a_model_of_text(of_replicas: list[dict[str, Any]]) -> None:
+    """Each replica's row at the door of a model whose text alone is sharded."""
+    axes = mesh.build(Topology(ulysses=1, ring=1, data=len(of_replicas)), timeout_s=60)
+    try:
+        vision.Door(llava(), axes).begin(of_replicas[axes.data.rank], torch.device("cpu"))
+    finally:
+        mesh.destroy(axes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from tests.dist import jobs, pictures
 from tests.dist.pictures import row, text
@@ -83,3 +84,13 @@ def test_image_tokens_without_pixels_in_one_replica_end_all(pool) -> None:
     messages = [error[1] if error else "" for error in caught.value.errors]
     assert all("images of another replica's row were refused" in text for text in messages[:2]), messages
     assert all("hold 2 image tokens, pixel_values make 0" in text for text in messages[2:]), messages
+
+
+def test_pixels_to_a_model_of_text_in_one_replica_end_all(pool) -> None:
+    """Else the other one would wait in ZeRO's collectives."""
+    pixels = {**text(9), "pixel_values": torch.zeros(1, 3, 28, 28)}
+    with pytest.raises(WorkerError) as caught:
+        pool(2).run(pictures.to_a_model_of_text, of_replicas=[text(9), pixels])
+    first, second = (error[1] if error else "" for error in caught.value.errors)
+    assert "images of another replica's row were refused" in first
+    assert "pixel_values: of llava only the text is sharded" in second

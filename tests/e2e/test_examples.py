@@ -102,6 +102,11 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "torch_compile": ("sft", {"torch_compile": True}, "torch_compile: not in this version of ds_cp"),
     "sum": ("sft", {"deepspeed": "sum"}, "sequence_parallel.loss_reduction: got sum, allowed auto, because SFTTrainer"),
+    "grpo_evaluated": (
+        "grpo_evaluated",
+        {"eval_strategy": "steps", "per_device_eval_batch_size": 2, **GROUPS},
+        "per_device_eval_batch_size: 2 rows of each of 1 replicas are 2, which num_generations_eval = 4 must divide",
+    ),
     "reward": ("reward", {}, "RewardTrainer: TRL's trainer is not in this version of ds_cp"),
 }
 """name -> script, arguments more than those of plain text, beginning of the sentence."""
@@ -215,7 +220,7 @@ def logs(folder: Path) -> dict[str, dict[str, Any]]:
         jobs["sharded"][name] = [script, flags({**common, "output_dir": folder / "sharded" / name, "deepspeed": config})]
     write_config(folder / "sum.json", 1, 2, 1, loss_reduction="sum")
     for name, (script, options, _) in REFUSED.items():
-        text = {"reward": "pairs", "grpo": "prompts"}.get(script, "text")
+        text = {"reward": "pairs", "grpo_evaluated": "prompts"}.get(script, "text")
         config = folder / f"{options.get('deepspeed', 'sft_assistant_masks')}.json"
         common = {"model_name_or_path": folder / "model", "dataset_name": folder / text, **COMMON, **options}
         jobs["sharded"][name] = [script, flags({**common, "output_dir": folder / name, "deepspeed": config})]

@@ -120,6 +120,20 @@ def test_windows_and_recurrent_layers_are_read() -> None:
     assert hybrid.linear
 
 
+@pytest.mark.parametrize(
+    ("kind", "layer"),
+    [
+        ("jamba", "JambaMambaMixer"),
+        ("mamba2", "Mamba2Mixer"),
+        ("minimax", "MiniMaxLightningAttention"),
+        ("kimi_linear", "KimiLinearDeltaAttention"),
+    ],
+)
+def test_scans_that_are_not_counted_are_refused(kind: str, layer: str) -> None:
+    with pytest.raises(ValueError, match=f"plan: it: the planner does not know the scans of {layer}; .* ds-cp check"):
+        read.of(selftest.tiny_model(kind), "it")
+
+
 def test_what_a_norm_keeps_is_counted() -> None:
     """HF's RMSNorm: its input in fp32 (twice 2 bytes), what that becomes, and the output; PyTorch's LayerNorm: the output."""
     norm = selftest.tiny_model("llama").model.norm

@@ -8,14 +8,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
 from ds_cp import selftest
 from ds_cp.batch import count_targets
 from ds_cp.models import checks, family_vision, trial, vision
 from tests.dist import pictures
-from tests.dist.pictures import row, text
-from tests.unit.test_models import SMALL, alone, attached
+from tests.dist.pictures import llava, row, text
+from tests.unit.test_models import alone, attached, gemma3
 
 
 @given(st.lists(st.integers(1, 500), max_size=40), st.integers(1, 9))
@@ -56,14 +56,6 @@ def test_only_the_language_model_is_sharded() -> None:
     assert list(checks.attention_modules(model)) == [f"model.language_model.layers.{i}.self_attn" for i in range(2)]
 
 
-def llava() -> PreTrainedModel:
-    """A tower that no family lists, before a Llama."""
-    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}
-    vision = {"model_type": "siglip_vision_model", **vision}
-    config = CONFIG_MAPPING["llava"](text_config={"model_type": "llama", **SMALL}, vision_config=vision, image_token_id=63)
-    return AutoModelForImageTextToText.from_config(config)
-
-
 def test_of_other_towers_the_text_alone_is_sharded() -> None:
     model = llava()
     trial.refuse(model)
@@ -75,10 +67,32 @@ def test_of_other_towers_the_text_alone_is_sharded() -> None:
     torch.testing.assert_close(model(input_ids=ids, labels=ids).loss, before.loss, rtol=1e-5, atol=0)
     with pytest.raises(ValueError, match="pixel_values: of llava only the text is sharded"):
         model(input_ids=ids, labels=ids, pixel_values=torch.zeros(1, 3, 28, 28))
+    for images in ([torch.zeros(3, 28, 28)], ([torch.zeros(3, 28, 28)],)):
+        with pytest.raises(ValueError, match="pixel_values: of llava only the text is sharded"):
+            model(input_ids=ids, labels=ids, pixel_values=images)
     with pytest.raises(ValueError, match="tokens of image_token_id: of llava only the text is sharded"):
         model(input_ids=torch.full_like(ids, 63), labels=ids)
     handle.remove()
     assert torch.equal(model(input_ids=ids, labels=ids).logits, before.logits)
+
+
+@pytest.mark.parametrize("key", ["token_type_ids", "mm_token_type_ids"])
+def test_types_that_say_all_text_are_let_through(key: str) -> None:
+    """As Gemma 3's processor gives them."""
+    model = AutoModelForImageTextToText.from_config(gemma3())
+    ids = torch.arange(3, 40).unsqueeze(0)
+    batch = {"input_ids": ids, "labels": ids, key: torch.zeros_like(ids)}
+    before = model(**batch).loss
+    attached(model)
+    torch.testing.assert_close(model(**batch).loss, before, rtol=1e-5, atol=0)
+    with pytest.raises(ValueError, match=f"batch: {key}: of gemma3 only the text is sharded"):
+        model(**{**batch, key: torch.ones_like(ids)})
+
+
+def test_types_whose_zeros_are_not_text_are_refused() -> None:
+    """PaliGemma's prefix, whose tokens attend each other in both directions."""
+    with pytest.raises(ValueError, match="batch: token_type_ids: of paligemma only the text is sharded"):
+        vision.refuse_parts({"token_type_ids": torch.zeros(1, 8, dtype=torch.long)}, CONFIG_MAPPING["paligemma"]())
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
