@@ -14,8 +14,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import torch  # noqa: E402
-from transformers import AutoModelForCausalLM, LlamaConfig  # noqa: E402
+import torch  # noqa: E402  (the path comes first)
+from transformers import AutoModelForCausalLM, LlamaConfig  # noqa: E402  (as above)
 
 from ds_cp.planner import machine, read, render, search  # noqa: E402 (the package beside this script, installed or not)
 
