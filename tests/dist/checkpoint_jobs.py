@@ -66,9 +66,7 @@ def run(
                 break
     weights = selftest.full_parameters(engine.module)
     selftest.finish(engine)
-    return [sum(losses[i : i + accumulation]) for i in range(0, len(losses), accumulation)], (
-        None if dist.get_rank() else weights
-    )
+    return [sum(losses[i : i + accumulation]) for i in range(0, len(losses), accumulation)], (None if dist.get_rank() else weights)
 
 
 def _micro_step(engine: Any, batch: dict[str, Any]) -> float:

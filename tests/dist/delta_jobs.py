@@ -60,6 +60,4 @@ def passed(documents: tuple[int, ...], kernel: str = "reference") -> dict[str, f
     names = ["out", "qkv", "g", "beta", "weight", "bias"]
     pieces = [x[mine] for x in wanted[:4]] + wanted[4:]
     scales = [x.abs().max() for x in wanted]
-    return {
-        name: float((a - b).abs().max() / scale) for name, a, b, scale in zip(names, found, pieces, scales, strict=True)
-    }
+    return {name: float((a - b).abs().max() / scale) for name, a, b, scale in zip(names, found, pieces, scales, strict=True)}

@@ -143,7 +143,10 @@ def _alone(
         mixed = functional.conv1d(functional.pad(x_1CS, (WIDTH - 1, 0)), layer.conv_CW[:, None], groups=x_1CS.shape[1])
         mixed = functional.silu(mixed[0].T)
         keys = heads[0] * KEY
-        of = [x.unflatten(1, (n, -1)) for x, n in zip(mixed.split((keys, keys, heads[1] * VALUE), 1), (*heads[:1] * 2, heads[1]), strict=True)]
+        of = [
+            x.unflatten(1, (n, -1))
+            for x, n in zip(mixed.split((keys, keys, heads[1] * VALUE), 1), (*heads[:1] * 2, heads[1]), strict=True)
+        ]
         g = -layer.a_log_V.exp() * functional.softplus(a[part] + layer.dt_bias_V)
         outs.append(_recurrence(*of, g, b[part].sigmoid() * layer.beta_scale))
         start += length

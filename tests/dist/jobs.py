@@ -243,7 +243,12 @@ def unshard_nothing(block: dict[str, Any]) -> None:
 
 
 def token_values_errors(
-    block: dict[str, Any], stage: int, batch: dict[str, Any], entropies: bool = True, temperature: float = 1.0, low_rank: bool = False
+    block: dict[str, Any],
+    stage: int,
+    batch: dict[str, Any],
+    entropies: bool = True,
+    temperature: float = 1.0,
+    low_rank: bool = False,
 ) -> tuple[float, float, str]:
     """Errors of whole rows' values, and of the worst gradient of a loss made of them, against HF's logits in one process."""
     generator = torch.Generator().manual_seed(7)

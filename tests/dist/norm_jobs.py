@@ -73,7 +73,7 @@ def low_precision(block: dict[str, Any], stage: int, dtype: str, scale: float = 
 def overflow(block: dict[str, Any], stage: int) -> tuple[float, float, bool, float, float]:
     """A dynamic loss scale that is too large for fp16, then one that is not.
 
-    (scale of the first step, after it, whether it left the weights alone, scale of the first step that was taken, error of its norm).
+    (scale of the first step, after it, whether it left the weights alone, scale of the first step taken, error of its norm).
     """
     batches = jobs.rows(1, 64)
     _, norm = _one_process(selftest.tiny_model("llama"), batches, "mean")

@@ -26,7 +26,7 @@ def lora(
     model_type: str = "llama",
     batches: list[dict[str, Any]] | None = None,
 ) -> tuple[float, float, str, float]:
-    """(loss, loss error, worst parameter, its gradient error) against one process, of all parameters: a frozen one must not move."""
+    """(loss, loss error, worst parameter, its gradient error) against one process, of all parameters: frozen ones must not move."""
     batches = batches or jobs.rows(2, length)
     alone, model = (with_adapters(modules, model_type=model_type) for _ in range(2))
     model.load_state_dict(alone.state_dict())

@@ -106,7 +106,7 @@ def batch_of(rows: list[dict[str, Any]], side: str = "right") -> dict[str, Any]:
 
 
 def packed(rows: list[dict[str, Any]], positions: list[torch.Tensor] | None = None) -> dict[str, Any]:
-    """Rows as the documents of one packed row; with MRoPE positions [3, 1, S] of each, as [4, 1, S] position_ids, else by seq_lens."""
+    """Rows as the documents of one packed row; with MRoPE positions [3, 1, S] of each as [4, 1, S] position_ids, or by seq_lens."""
     out: dict[str, Any] = {key: torch.cat([each[key] for each in rows], 1) for key in ("input_ids", "labels", "mm_token_type_ids")}
     for key in ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw"):
         found = [each[key] for each in rows if key in each]

@@ -44,9 +44,7 @@ class Pool:
         self._jobs = [context.Queue() for _ in range(world)]
         self._results = context.Queue()
         self._processes = [
-            context.Process(
-                target=_work, args=(rank, world, local_world or world, port, device, self._jobs[rank], self._results)
-            )
+            context.Process(target=_work, args=(rank, world, local_world or world, port, device, self._jobs[rank], self._results))
             for rank in range(world)
         ]
         for process in self._processes:

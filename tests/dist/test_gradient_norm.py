@@ -45,7 +45,9 @@ def test_a_tied_head_in_tiles_counts_once(pool, stage: int) -> None:
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-@pytest.mark.parametrize("zero", [{"reduce_scatter": False}, {"offload_optimizer": {"device": "cpu"}}], ids=["no_scatter", "offload"])
+@pytest.mark.parametrize(
+    "zero", [{"reduce_scatter": False}, {"offload_optimizer": {"device": "cpu"}}], ids=["no_scatter", "offload"]
+)
 def test_zero_flags(pool, zero: dict[str, Any], stage: int) -> None:
     assert_clipped(pool(2).run(norm_jobs.clipped, block=block(1, 2), stage=stage, zero=zero, accumulation=2), stage)
 

@@ -1,4 +1,4 @@
-"""Heads that go through the all-to-all in groups change no gradient: fp64 against written-out scores, fp32 against HF's own model."""
+"""Heads that go through the all-to-all in groups change no gradient: fp64 against written-out scores, fp32 against HF's model."""
 
 from __future__ import annotations
 

@@ -21,7 +21,9 @@ from tests.dist.test_parity import block
 
 @pytest.mark.parametrize(("kind", "reduction"), [("map", "auto"), ("stream", "auto"), ("map", "sum")])
 def test_an_epoch_that_ends_unevenly_is_that_of_one_process(pool, kind: str, reduction: str) -> None:
-    results = pool(4).run(loader_jobs.an_epoch_against_one_process, block=block(1, 2, loss_reduction=reduction), kind=kind, count=13)
+    results = pool(4).run(
+        loader_jobs.an_epoch_against_one_process, block=block(1, 2, loss_reduction=reduction), kind=kind, count=13
+    )
     assert results[0][2] == results[1][2]
     assert results[2][2] == results[3][2]
     assert [len(mine) for _, _, mine in results] == [8] * 4

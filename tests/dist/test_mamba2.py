@@ -38,7 +38,9 @@ def test_gradient_checkpointing(pool, reentrant: bool) -> None:
     check(pool, (1, 2), "falcon_h1", stage=3, checkpointing=reentrant)
 
 
-@pytest.mark.parametrize(("more", "reason"), [({"linear_attention": "state"}, "do not pass their state"), ({}, "use size 2 at most")])
+@pytest.mark.parametrize(
+    ("more", "reason"), [({"linear_attention": "state"}, "do not pass their state"), ({}, "use size 2 at most")]
+)
 def test_what_cannot_be_shared_is_refused_with_what_can(pool, more: dict[str, Any], reason: str) -> None:
     changes = {} if more else {"mamba_n_heads": 2, "mamba_d_head": 64}
     with pytest.raises(WorkerError) as caught:

@@ -1,4 +1,4 @@
-"""A sample of docs/models.md on every run: what the page says of an architecture is what comes out. All of them: scripts/models_map.py.
+"""A sample of docs/models.md on every run: what it says of an architecture is what comes out. All of them: scripts/models_map.py.
 
 Chosen so that each kind of attention, position, expert and refusal is there once, among types that no other test runs sharded.
 """
@@ -12,8 +12,10 @@ from scripts import models_map
 
 SAMPLE = (
     *("gpt2", "opt", "bert", "diffllama", "bart", "fuyu", "gpt_bigcode"),  # learned positions, partial rotary, one key/value head
-    *("glm4", "hrm_text", "gemma4_unified", "exaone4", "nanochat", "minicpm3", "modernbert-decoder"),  # norms, scales, windows, latent attention
-    *("qwen2_moe", "granitemoe_swa", "laguna", "llama4_text", "mimo_v2_flash", "deepseek_v32"),  # experts, sinks, heads by layer, chunks, an indexer
+    # norms, scales, windows, latent attention
+    *("glm4", "hrm_text", "gemma4_unified", "exaone4", "nanochat", "minicpm3", "modernbert-decoder"),
+    # experts, sinks, heads by layer, chunks, an indexer
+    *("qwen2_moe", "granitemoe_swa", "laguna", "llama4_text", "mimo_v2_flash", "deepseek_v32"),
     *("falcon", "doge", "mamba", "inkling_text", "deepseek_v4"),  # refused
 )
 

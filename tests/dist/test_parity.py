@@ -67,8 +67,8 @@ def test_attention_sinks_and_their_gradient(pool, mesh: tuple[int, int], window:
 
 @pytest.mark.parametrize("window", [2, 8, 17, 40, 69, 70, 1000])
 def test_any_window(pool, window: int) -> None:
-    """Over several chunks, as long as the row, longer. With a window of one token the true gradient of q and k is zero, and both sides
-    have only rounding there: `tests/unit/test_ring.py` has that one in fp64.
+    """Over several chunks, as long as the row, longer. With a window of one token the true gradient of q and k is zero, and both
+    sides have only rounding there: `tests/unit/test_ring.py` has that one in fp64.
     """
     run = {"model_type": "mistral", "block": block(1, 4), "changes": {"sliding_window": window}, "length": 70}
     assert_parity(pool(4).run(jobs.parity, stage=1, **run))

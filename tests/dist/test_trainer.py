@@ -62,7 +62,7 @@ def test_every_zero_stage_without_what_hides_a_scale(pool, tmp_path: Path, stage
 
 
 def test_balance_loss_of_a_mixture_of_experts(pool, tmp_path: Path) -> None:
-    """Without accumulation: transformers' Trainer sums the balance loss over micro-batches, ds_cp takes its mean, as of any mean."""
+    """Without accumulation: transformers' Trainer sums the balance loss over micro-batches, ds_cp takes its mean."""
     model = ("qwen3_moe", {"output_router_logits": True, "router_aux_loss_coef": 0.3})
     settings = {"gradient_accumulation_steps": 1, "eval_strategy": "steps", "eval_steps": 4, "model": model}
     settings |= {"optim": "sgd", "learning_rate": 0.05, "max_grad_norm": 0.0}
@@ -71,8 +71,8 @@ def test_balance_loss_of_a_mixture_of_experts(pool, tmp_path: Path) -> None:
 
 
 def test_a_vision_language_model_over_two_replicas(pool, tmp_path: Path) -> None:
-    """Rows with and without images meet in a step, at which DeepSpeed alone ends with mismatched collectives, so the reference is one
-    process that accumulates; evaluation is of padded batches.
+    """Rows with and without images meet in a step, at which DeepSpeed alone ends with mismatched collectives, so the reference is
+    one process that accumulates; evaluation is of padded batches.
     """
     settings = {"model": ("qwen3_vl", {}), "data": Pictures(12), "evaluation": Pictures(8), "trainer": {"data_collator": batch_of}}
     settings |= {"eval_strategy": "steps", "eval_steps": 2, "optim": "sgd", "learning_rate": 0.05, "max_grad_norm": 0.0}

@@ -1,4 +1,4 @@
-"""Vision-language models: every parameter's gradient of language model, tower, merger and deepstack mergers, against one process."""
+"""Vision-language models: every parameter's gradient of language model, tower, merger and deepstack mergers against one process."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from tests.dist.pictures import row, text
 from tests.dist.pool import WorkerError
 from tests.dist.test_moe import BALANCED, MESHES, SPLIT
 from tests.dist.test_parity import assert_parity, block
+
 
 def mixed(model_type: str) -> dict[str, Any]:
     """Images of several sizes, the largest last, and a video between text; shards of text alone on a ring of 4."""
@@ -56,7 +57,7 @@ def test_padded_rows_of_which_one_has_no_image(pool, side: str) -> None:
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_replicas_of_which_only_one_has_images_or_videos(pool, stage: int) -> None:
-    """Images against text, text against text, and a video against an image: every rank must run the tower as often as the others."""
+    """Images against text, text against text, and a video against an image: each rank must run the tower as often as the others."""
     batches = [row([5, (2, 2), 7]), text(21, 2), row([3, (2, 1, 2), 4]), text(30), text(22, 3), row([9, (1, 2)])]
     run = {"model_type": "qwen3_vl", "block": block(1, 2), "replicas": 2, "accumulation": 3, "batches": batches}
     zero = SPLIT if stage == 3 else None

@@ -44,7 +44,10 @@ def train(
     model: tuple[str, dict[str, Any]] = ("qwen3", {}),
     **arguments: Any,
 ) -> dict[str, Any]:
-    """Trains a tiny model (type, changes to its config); `stage` None is plain HF without DeepSpeed. Returns logs, weights (rank 0) and what was seen."""
+    """Trains a tiny model (type, changes to its config); `stage` None is plain HF without DeepSpeed.
+
+    Returns logs, weights (rank 0) and what was seen.
+    """
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
