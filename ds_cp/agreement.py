@@ -50,8 +50,8 @@ def agree(what: Mapping[str, object], to_do: str) -> None:
     dist.all_gather_object(everyone, (socket.gethostname(), mine))
     hosts, items = [host for host, _ in everyone], [found for _, found in everyone]
     names = sorted({name for found in items for name in found})
-    found = [_difference(name, [own.get(name, "not there") for own in items], hosts) for name in names]
-    found = [text for text in found if text]
+    compared = (_difference(name, [own.get(name, "not there") for own in items], hosts) for name in names)
+    found = [text for text in compared if text]
     more = f" (and {len(found) - SHOWN} more)" if len(found) > SHOWN else ""
     raise ValueError(f"the ranks of this job differ: {'; '.join(found[:SHOWN])}{more}. {to_do}")
 

@@ -134,7 +134,8 @@ def padded(documents: Sequence[int], length: int) -> Sequence[int]:
 
 def longest_first(cost: Sequence[int], ring: int) -> list[tuple[int, ...]]:
     """Chunks to ranks, the same number each."""
-    places, chunks = len(cost) // ring, [[] for _ in range(ring)]
+    places = len(cost) // ring
+    chunks: list[list[int]] = [[] for _ in range(ring)]
     loads = [(0, rank) for rank in range(ring)]
     for chunk in sorted(range(len(cost)), key=lambda c: (-cost[c], -c)):
         load, rank = loads[0]

@@ -79,12 +79,12 @@ class Config(BaseModel):
 
     @model_validator(mode="after")
     def _check_product(self) -> Config:
-        degrees = (self.ulysses_size, self.ring_size)
+        ulysses, ring = degrees = (self.ulysses_size, self.ring_size)
         if self.size == "auto":
             return self
-        if "auto" not in degrees and degrees[0] * degrees[1] != self.size:
+        if ulysses != "auto" and ring != "auto" and ulysses * ring != self.size:
             raise ValueError(
-                f"ulysses_size {degrees[0]} x ring_size {degrees[1]} is {degrees[0] * degrees[1]}, not size {self.size}; "
+                f"ulysses_size {ulysses} x ring_size {ring} is {ulysses * ring}, not size {self.size}; "
                 'change one of them or leave it "auto"'
             )
         for name, degree in zip(("ulysses_size", "ring_size"), degrees, strict=True):

@@ -70,8 +70,10 @@ def explain(name: str, lengths: Sequence[int], ring: int, ulysses: int = 1, wind
     documents = (0, *accumulate(lengths))
     plan = layouts.build(name, documents[-1], ring, ulysses, documents, (window,))
     whole = tuple(balance.padded(documents, plan.length))
-    full = window is None or window >= max(lengths)
-    plans = [tiles.plan(plan, r, whole) if full else tiles.plan_window(plan, r, whole, window) for r in range(ring)]
+    if window is None or window >= max(lengths):
+        plans = [tiles.plan(plan, r, whole) for r in range(ring)]
+    else:
+        plans = [tiles.plan_window(plan, r, whole, window) for r in range(ring)]
     return Explained(layouts.resolve(name, documents), plan, whole, plan.length - documents[-1], tuple(plans))
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ def bandwidths(mesh: Mesh, device: torch.device) -> dict[str, float]:
     for name, axis, exchange in (("all-to-all over ulysses", mesh.ulysses, _all_to_all), ("hop of the ring", mesh.ring, _hop)):
         if axis.size > 1:
             sent = len(x) if axis is mesh.ring else len(x) * (axis.size - 1) / axis.size
-            found[name] = sent / fastest(lambda e=exchange, a=axis: e(x, a), device)
+            found[name] = sent / fastest(partial(exchange, x, axis), device)
     return found
 
 

@@ -171,7 +171,8 @@ def _sequential(pieces: list[Piece], tokens: int) -> list[tuple[Piece, ...]]:
 def _first_fit_decreasing(pieces: list[Piece], tokens: int) -> list[tuple[Piece, ...]]:
     """The room of rows is a tree of maxima, so that the first row with room is found in the logarithm of their number."""
     leaves = 1 << max(len(pieces) - 1, 0).bit_length()
-    room, rows = [tokens] * (2 * leaves), [[] for _ in pieces]
+    room = [tokens] * (2 * leaves)
+    rows: list[list[Piece]] = [[] for _ in pieces]
     for piece in sorted(pieces, key=lambda piece: piece.start - piece.end):  # stable: equal lengths stay in their order
         size, node = piece.end - piece.start, 1
         while node < leaves:

@@ -7,7 +7,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 from torch import nn
@@ -85,15 +85,17 @@ def together(work: Callable[[], T]) -> T:
     Raises:
         ValueError: on every rank: that of `work`, or the name and message of another error, whose traceback its rank prints.
     """
+    done: T | None = None
+    reason: str | None = None
     try:
-        done, reason = work(), None
+        done = work()
     except ValueError as error:
-        done, reason = None, str(error)
+        reason = str(error)
     except Exception as error:  # of a kernel's compiler, a full disk or memory: the others would wait for this rank
         traceback.print_exc()
-        done, reason = None, f"{type(error).__name__}: {error}"
+        reason = f"{type(error).__name__}: {error}"
     refuse_together(reason)
-    return done
+    return cast(T, done)
 
 
 def refuse_other_parallelism(ds_config: Mapping[str, Any], model_type: str) -> None:

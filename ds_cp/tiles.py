@@ -106,7 +106,7 @@ def plan(layout: Layout, ring_rank: int, documents: Sequence[int]) -> Plan:
     reach = _reach(layout, documents)
     mine = layout.ring_ranges(ring_rank)
     reaching = _reaching(mine, documents)
-    steps = [(_own(mine, documents),)]
+    steps: list[tuple[Tile, ...]] = [(_own(mine, documents),)]
     for step in range(1, max(reach) + 1):
         theirs = layout.ring_ranges((ring_rank - step) % layout.ring)
         steps.append(_rectangles(reaching, theirs))

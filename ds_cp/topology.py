@@ -150,12 +150,13 @@ def resolve(
     choices = legal_ulysses(size, heads)
     if linear == "state" or (linear == "auto" and _heads_reason(size, linear_heads or []) is not None):
         choices = [d for d in choices if d in legal_ulysses(size, linear_heads or [])]
-    if ulysses == "auto" and ring == "auto":
-        # A node boundary inside an all-to-all group would put every layer's heads on the slow links.
-        inside = [d for d in choices if d <= local_world and local_world % d == 0]
-        ulysses = max(inside)
-    elif ulysses == "auto":
-        ulysses = size // ring if size % ring == 0 else 0
+    if ulysses == "auto":
+        if ring == "auto":
+            # A node boundary inside an all-to-all group would put every layer's heads on the slow links.
+            largest: int = max(d for d in choices if d <= local_world and local_world % d == 0)
+            ulysses = largest
+        else:
+            ulysses = size // ring if size % ring == 0 else 0
     if ring == "auto":
         ring = size // ulysses if size % ulysses == 0 else 0
     for name, degree in (("ulysses_size", ulysses), ("ring_size", ring)):

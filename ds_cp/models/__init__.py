@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, cast
 
 from torch import nn
 from transformers import PretrainedConfig
@@ -62,7 +62,7 @@ class Family(Protocol):
 def families() -> list[Family]:
     """All family modules of the folder."""
     found = sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name.startswith(FAMILY_PREFIX))
-    return [importlib.import_module(f"{__name__}.{name}") for name in found]
+    return [cast(Family, importlib.import_module(f"{__name__}.{name}")) for name in found]
 
 
 def family_of(config: PretrainedConfig) -> Family | None:

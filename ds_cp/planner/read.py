@@ -89,14 +89,15 @@ def kept_by(norm: nn.Module, hidden: int) -> float:
 def _scans(model: PreTrainedModel) -> list[str]:
     """Classes of the recurrent layers other than Gated DeltaNet."""
     family = family_of(model.config)
-    mixers = family.mixers(model).values() if family else ()
-    return sorted({type(module).__name__ for module in mixers if family.scan_heads(module) is not None})
+    if family is None:
+        return []
+    return sorted({type(module).__name__ for module in family.mixers(model).values() if family.scan_heads(module) is not None})
 
 
 def _windows(model: PreTrainedModel) -> tuple[int | None, ...]:
     """Chunks as windows of their size, which is the most that they cost."""
     found = checks.windows(model) if checks.attention_modules(model) else ()
-    return tuple(getattr(window, "size", window) for window in found)
+    return tuple(window if window is None or isinstance(window, int) else window.size for window in found)
 
 
 def _experts(model: PreTrainedModel) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -94,6 +94,6 @@ def load(name: str) -> Kernel:
     if name not in names():
         raise ValueError(f"sequence_parallel.attention_kernel: {name!r} is not in this version; available: {names()}")
     try:
-        return importlib.import_module(f"{__name__}.{name}")
+        return cast(Kernel, importlib.import_module(f"{__name__}.{name}"))
     except ImportError as error:
         raise ValueError(f"sequence_parallel.attention_kernel: {name!r} cannot be loaded here: {error}") from error

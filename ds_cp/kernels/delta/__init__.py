@@ -20,7 +20,7 @@ from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from torch import Tensor
 
@@ -157,7 +157,7 @@ def load(name: str) -> Kernel:
     if name not in names():
         raise ValueError(f"sequence_parallel.delta_kernel: {name!r} is not in this version; available: {names()}")
     try:
-        return importlib.import_module(f"{__name__}.{name}")
+        return cast(Kernel, importlib.import_module(f"{__name__}.{name}"))
     except ImportError as error:
         raise ValueError(f"sequence_parallel.delta_kernel: {name!r} cannot be loaded here: {error}") from error
 
