@@ -1,5 +1,8 @@
 """Gloo (or NCCL) workers that are started once per world size and then run functions: process start-up is paid once.
 
+CPU ranks are forked from one server that has everything imported (`tests.dist.preloaded`): imports cost more than most jobs. They
+share its hash seed: that no result hangs on the order of a set is seen where launchers start the ranks (tests/e2e, tests/hosts).
+
 A job is (module:function, keyword arguments); the function runs on every rank and returns something picklable. A failing rank's
 traceback is in the exception; a rank that does not answer in time ends the pool.
 """
@@ -37,7 +40,7 @@ class Pool:
 
     def __init__(self, world: int, local_world: int | None = None, device: str = "cpu") -> None:
         self.world = world
-        context = mp.get_context("spawn")
+        context = _context(device)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -86,6 +89,14 @@ class Pool:
             process.kill()
         for process in self._processes:
             process.join()
+
+
+def _context(device: str) -> Any:
+    if device != "cpu":
+        return mp.get_context("spawn")  # CUDA does not survive a fork
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["tests.dist.preloaded"])
+    return context
 
 
 def _work(rank: int, world: int, local_world: int, port: int, device: str, jobs: Any, results: Any) -> None:
