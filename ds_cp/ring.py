@@ -41,8 +41,10 @@ from ds_cp.kernels.sums import Sums, sums_of
 from ds_cp.lanes import Lanes
 from ds_cp.tiles import Halo, Plan, Tile
 
-FEWER_AT_ONCE = 5
-"""Results that are merged at once where there are more than AT_ONCE, and the running one is in fp32: bounds the memory."""
+WAITING = 7
+"""Results of so many tiles over all queries are merged at once, or of more tiles over fewer; this bounds the memory."""
+FEWER_WAITING = 5
+"""Where there are more than WAITING in all, and the running result is in fp32."""
 
 Block = Tensor | tuple[Tensor, Tensor]
 """[2, keys, M, H], or the pair (k, v)."""
@@ -147,8 +149,9 @@ class _Push:
         self._out: Tensor | None = None
         self._lse: Tensor | None = None
         self._waiting: list[tuple[int, Tensor, Tensor]] = []
-        self._left = sum(map(len, plan.steps)) - 1
-        self._at_once = AT_ONCE if self._left <= AT_ONCE else FEWER_AT_ONCE
+        later = [tile.q_end - tile.q_start for step in plan.steps[1:] for tile in step]
+        self._left, self._queries = len(later), 0
+        self._most = len(q) * (WAITING if sum(later) <= WAITING * len(q) else FEWER_WAITING)
 
     def tile(self, block: Block, tile: Tile) -> None:
         out, lse = self._kernel.forward(*_slices(self._q, block, tile), tile, self._score)
@@ -156,21 +159,23 @@ class _Push:
             self._out, self._lse = out, lse
         else:
             self._waiting.append((tile.q_start, out, lse))
+            self._queries += len(lse)
 
     @property
     def full(self) -> bool:
-        return len(self._waiting) >= self._at_once
+        return len(self._waiting) >= AT_ONCE or self._queries >= self._most
 
     def merge(self) -> None:
         """What waits into the running result, which stays in fp32 until the last tile is in."""
-        while some := self._waiting[: self._at_once]:
-            self._waiting = self._waiting[self._at_once :]
+        while some := self._waiting[:AT_ONCE]:
+            self._waiting = self._waiting[AT_ONCE:]
             self._left -= len(some)
             last, work = self._left == 0, self._lse.dtype
             dtype = self._q.dtype if last else work
             into = self._out if self._out.dtype == dtype else torch.empty_like(self._out, dtype=dtype)
             merge_(self._out, self._lse, some, into)
             self._out = into
+        self._queries = 0
 
     def result(self) -> tuple[Tensor, Tensor]:
         """(out in q's dtype, lse)."""
@@ -184,15 +189,15 @@ def _backward_hops(sums: Sums, k: Tensor, v: Tensor, context: SequenceContext, p
     trip = _Trip(sums, len(k), context, plan, lanes)
     for step, block, tiles in _blocks(k, v, context, plan, lanes):
         with lanes.turn(step):
-            into = trip.sum(step)
+            into, starts = trip.sum(step), plan.starts[(context.mesh.ring.rank - step) % context.mesh.ring.size]
             for tile in tiles:
-                sums.add(into, tile, *block)
+                sums.add(into, tile, *block, starts)
         trip.leave(step)
         if sums.full:
             with lanes.alone():
                 sums.settle()
     lanes.join()
-    return sums.dkv(trip.home(), len(k), k.dtype)
+    return sums.dkv(trip.home(), len(k), k.dtype, plan.starts[context.mesh.ring.rank])
 
 
 class _Trip:
@@ -210,7 +215,7 @@ class _Trip:
     def sum(self, step: int) -> Tensor | None:
         """What this step's tiles are added to: it begins in steps 0 and 1, then it is the one that came in."""
         if step < 2 and step <= self._reach(-step):
-            self._here[step] = self._like = self._sums.new(self._keys)
+            self._here[step] = self._like = self._sums.new(self._keys, self._plan.starts)
         return self._here.get(step)
 
     def leave(self, step: int) -> None:
@@ -256,9 +261,9 @@ class _Trip:
 
 def _backward_gathered(sums: Sums, k: Tensor, v: Tensor, context: SequenceContext, plan: Plan) -> Tensor:
     (_, own, (own_tile,)), *others = _blocks(k, v, context, plan, Lanes(None))
-    mine = sums.new(len(k), plain=True)
+    mine = sums.plain(len(k))
     sums.add(mine, own_tile, *own)
-    row = sums.new(context.layout.length, plain=True)
+    row = sums.plain(context.layout.length)
     for _, block, tiles in others:
         for tile in tiles:
             sums.add(row, tile, *block)
@@ -272,7 +277,7 @@ def _backward_gathered(sums: Sums, k: Tensor, v: Tensor, context: SequenceContex
 
 def _backward_halo(sums: Sums, k: Tensor, v: Tensor, context: SequenceContext, plan: Plan) -> Tensor:
     (_, own, (own_tile,)), *others = _blocks(k, v, context, plan, Lanes(None))
-    mine = sums.new(len(k), plain=True)
+    mine = sums.plain(len(k))
     sums.add(mine, own_tile, *own)
     dhalo = mine.new_zeros((plan.halo.tokens, *mine.shape[:1], *mine.shape[2:]))
     for _, block, tiles in others:

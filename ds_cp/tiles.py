@@ -91,6 +91,8 @@ class Plan:
     steps: tuple[tuple[Tile, ...], ...]
     reach: tuple[int, ...] = ()
     """By ring rank: hops that its block makes until no later rank needs it. The same on every rank."""
+    starts: tuple[tuple[int, ...], ...] = ()
+    """By ring rank: the keys of its block at which rectangles begin, ascending from 0. The same on every rank."""
     halo: Halo | None = None
     """Of a windowed layer with neighbours: what travels instead of blocks."""
     gathered: bool = False
@@ -110,7 +112,7 @@ def plan(layout: Layout, ring_rank: int, documents: Sequence[int]) -> Plan:
     for step in range(1, max(reach) + 1):
         theirs = layout.ring_ranges((ring_rank - step) % layout.ring)
         steps.append(_rectangles(reaching, theirs))
-    return Plan(tuple(steps), reach)
+    return Plan(tuple(steps), reach, tuple(_starts(layout.ring_ranges(rank), documents) for rank in range(layout.ring)))
 
 
 def plan_gathered(layout: Layout, ring_rank: int, documents: Sequence[int]) -> Plan:
@@ -265,6 +267,12 @@ def _own(mine: tuple[Range, ...], documents: Sequence[int]) -> Tile:
         bounds.append(offset)
         last = document
     return Tile(0, offset, 0, offset, tuple(bounds))
+
+
+def _starts(theirs: tuple[Range, ...], documents: Sequence[int]) -> tuple[int, ...]:
+    """The first key here of every document that goes on after one of the chunks: those that later queries attend."""
+    on = (_document_of(end - 1, documents) for _, end in theirs if documents[bisect_right(documents, end - 1)] > end)
+    return tuple(sorted({0, *(_local(theirs, documents[number]) for number in on)}))
 
 
 def _rectangles(reaching: list[tuple[int, int, int, int]], theirs: tuple[Range, ...]) -> tuple[Tile, ...]:

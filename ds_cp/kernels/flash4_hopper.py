@@ -9,7 +9,8 @@ backward begins and ends for every tile what a ring needs once:
     home       (dk, dv) = (scale * dk_sum, dv_sum), in k's dtype           kernels.blocked
 
 dk_sum and dv_sum exist where query heads share key/value heads: there the kernel adds in fp32 anyway, in an order of its own, and
-the sums travel around the ring as they are. Heads that share nothing are written in k's dtype and added outside.
+the sums travel around the ring as they are. It adds whole blocks of keys, so each run of keys at whose first key rectangles begin
+(`Plan.starts`) begins a block of its own. Heads that share nothing are written in k's dtype and added outside.
 
 Dense tiles only: rectangles and one causal document. What is used here is private to the package, so `Launcher` refuses versions
 that it was not tried with; its caller then goes through the front end.
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor
 
 from ds_cp.kernels import blocked
-from ds_cp.kernels.sums import Backward, PlainSums
+from ds_cp.kernels.sums import ONE_RUN, Backward, PlainSums
 from ds_cp.tiles import Tile
 
 VERSIONS = ("4.0.0b36",)
@@ -239,6 +240,9 @@ class HopperSums(PlainSums):
         self._launcher, self._shared = launcher, kv_heads != q_TNH.shape[1]
         self._block, self._elements = launcher.plan(q_TNH.shape[2]).n_block_size, launcher.block_elements(q_TNH.shape[2])
         self._place = launcher.place(q_TNH) if self._shared else None
+        self._own: tuple[Tensor, Tensor] | None = (
+            None  # of the own documents; waits for the sums to come home, which are those keys'
+        )
         self._queries: dict[tuple, Queries] = {}
         for tile in filter(launchable, tiles):
             part = slice(tile.q_start, tile.q_end)
@@ -246,32 +250,37 @@ class HopperSums(PlainSums):
                 given = dout_TNH[part], q_TNH[part], out_TNH[part], lse_TN[part], tile.causal, scale
                 self._queries[_kind(tile)] = Queries(launcher, *given)
 
-    def new(self, keys: int, plain: bool = False) -> Tensor:
-        if plain or not self._shared:
-            return super().new(keys)
-        blocks = -(-keys // self._block)
+    def new(self, keys: int, starts: Sequence[Sequence[int]] = (ONE_RUN,)) -> Tensor:
+        if not self._shared:
+            return self.plain(keys)
+        blocks = max(blocked.blocks(runs, keys, self._block) for runs in starts)
         return self._q.new_zeros((2, self._kv_heads, blocks * self._elements), dtype=self.work)
 
-    def add(self, into: Tensor, tile: Tile, k_SMH: Tensor, v_SMH: Tensor) -> None:
+    def add(self, into: Tensor, tile: Tile, k_SMH: Tensor, v_SMH: Tensor, starts: Sequence[int] = ONE_RUN) -> None:
         keys = slice(tile.k_start, tile.k_end)
         k, v = k_SMH[keys], v_SMH[keys]
         if not launchable(tile):
-            self.add_plain(into, tile, *self.outside(tile, k, v))
+            dkv = self.outside(tile, k, v)
+            if into.ndim == 3 and tile.causal:
+                self._own = dkv
+            else:
+                self._outside_add(into, tile, *dkv, starts)
             return
-        if into.ndim == 3 and tile.k_start % self._block == 0:
-            first = tile.k_start // self._block * self._elements
-            dkv = into[:, :, first : first + -(-len(k) // self._block) * self._elements]
+        first = blocked.first_block(tile.k_start, tile.k_end, starts, self._block) if into.ndim == 3 else None
+        if first is not None:
+            dkv = into[:, :, first * self._elements : (first + -(-len(k) // self._block)) * self._elements]
             self._queries[_kind(tile)].add(k, v, *dkv)
         else:
-            self.add_plain(into, tile, *self._alone(tile, k, v))
+            self._outside_add(into, tile, *self._alone(tile, k, v), starts)
         if tile.causal:  # no other has its kind
             self.add_dq(tile.q_start, self._queries.pop(_kind(tile)).dq())
 
-    def add_plain(self, into: Tensor, tile: Tile, dk_SMH: Tensor, dv_SMH: Tensor) -> None:
+    def _outside_add(self, into: Tensor, tile: Tile, dk_SMH: Tensor, dv_SMH: Tensor, starts: Sequence[int]) -> None:
         if into.ndim == 3:
-            blocked.add_(into, self._place, self._elements, tile.k_start, dk_SMH, dv_SMH, 1 / self._scale)
+            form = self._place, self._elements, starts
+            blocked.add_(into, *form, tile.k_start, dk_SMH, dv_SMH, 1 / self._scale)
         else:
-            super().add_plain(into, tile, dk_SMH, dv_SMH)
+            self.add_plain(into, tile, dk_SMH, dv_SMH)
 
     def _alone(self, tile: Tile, k: Tensor, v: Tensor) -> Tensor:
         """(dk, dv) [2, S, M, H] of a tile in tensors of its own."""
@@ -289,10 +298,11 @@ class HopperSums(PlainSums):
             self.add_dq(start, queries.dq())
         return super().dq()
 
-    def dkv(self, sums: Sequence[Tensor], keys: int, dtype: torch.dtype) -> Tensor:
+    def dkv(self, sums: Sequence[Tensor], keys: int, dtype: torch.dtype, starts: Sequence[int] = ONE_RUN) -> Tensor:
         if sums[0].ndim == 4:
             return super().dkv(sums, keys, dtype)
-        return blocked.plain(sums, self._place, self._elements, keys, self._scale, dtype)
+        own, self._own = self._own, None
+        return blocked.plain(sums, self._place, self._elements, starts, keys, self._scale, dtype, own)
 
 
 def launchable(tile: Tile) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-AT_ONCE = 7
+AT_ONCE = 15
 """Blocks that one call takes: the running result is read and written once for all of them."""
 
 Block = tuple[int, Tensor, Tensor]

@@ -2,7 +2,7 @@
 
 What differs from block to block goes to the kernels in tuples. Triton compiles anew for integers in a tuple that are 1 or divide
 by 16; `_plain` keeps all of them from being either, so that rows with other documents find the kernel compiled. For the same
-reason there are three numbers of blocks; those that are not there have no tokens.
+reason there are four numbers of blocks; those that are not there have no tokens.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 TOKENS = 16
-COUNTS = (1, 3, 7)
+COUNTS = (1, 3, 7, 15)
 
 
 def merge_fused_(out_TNH: Tensor, lse_TN: Tensor, blocks: Sequence[tuple[int, Tensor, Tensor]], into_TNH: Tensor) -> None:
@@ -73,6 +73,12 @@ def _filled(*of_blocks: list) -> list[tuple]:
     return [*(tuple(x + x[:1] * missing) for x in others), tuple(spans + [nothing] * missing)]
 
 
+@triton.jit
+def _meet(span, first, BLOCK_T: tl.constexpr):
+    """Whether a block has any of the program's tokens; most have none, and their loads would still be waited for."""
+    return (span[0] // 32 < first + BLOCK_T) & (span[1] // 32 > first)
+
+
 @triton.jit(do_not_specialize=["tokens"])
 def _merge(
     lse,
@@ -94,25 +100,28 @@ def _merge(
     BLOCK_T: tl.constexpr,
 ):
     n = tl.program_id(1).to(tl.int64)
-    t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    first = tl.program_id(0).to(tl.int64) * BLOCK_T
+    t = first + tl.arange(0, BLOCK_T)
     inside = t < tokens
     mine = tl.load(lse + t * lse_t + n * lse_n, inside, other=0.0)
     high = mine
     for i in tl.static_range(len(spans)):
-        here = (t >= spans[i][0] // 32) & (t < spans[i][1] // 32)
-        at = (t - spans[i][0] // 32) * (spans[i][2] // 32) + n * (spans[i][3] // 32)
-        high = tl.maximum(high, tl.load(lses[i] + at, here, other=float("-inf")))
+        if _meet(spans[i], first, BLOCK_T):
+            here = (t >= spans[i][0] // 32) & (t < spans[i][1] // 32)
+            at = (t - spans[i][0] // 32) * (spans[i][2] // 32) + n * (spans[i][3] // 32)
+            high = tl.maximum(high, tl.load(lses[i] + at, here, other=float("-inf")))
 
     h = tl.arange(0, BLOCK_H)[None, :]
     total = tl.exp(mine - high)
     x = tl.load(out + (t * out_t + n * out_n)[:, None] + h, inside[:, None] & (h < H), other=0.0).to(tl.float32) * total[:, None]
     for i in tl.static_range(len(spans)):
-        here = (t >= spans[i][0] // 32) & (t < spans[i][1] // 32)
-        at = (t - spans[i][0] // 32) * (spans[i][2] // 32) + n * (spans[i][3] // 32)
-        weight = tl.exp(tl.load(lses[i] + at, here, other=float("-inf")) - high)  # 0 where a block's lse is -inf
-        at = (t - spans[i][0] // 32) * strides[i][0] + n * strides[i][1]
-        x += tl.load(outs[i] + at[:, None] + h, here[:, None] & (h < H), other=0.0).to(tl.float32) * weight[:, None]
-        total += weight
+        if _meet(spans[i], first, BLOCK_T):
+            here = (t >= spans[i][0] // 32) & (t < spans[i][1] // 32)
+            at = (t - spans[i][0] // 32) * (spans[i][2] // 32) + n * (spans[i][3] // 32)
+            weight = tl.exp(tl.load(lses[i] + at, here, other=float("-inf")) - high)  # 0 where a block's lse is -inf
+            at = (t - spans[i][0] // 32) * strides[i][0] + n * strides[i][1]
+            x += tl.load(outs[i] + at[:, None] + h, here[:, None] & (h < H), other=0.0).to(tl.float32) * weight[:, None]
+            total += weight
     # In place: several threads read the same lse, and no store may come before the last of them has.
     tl.debug_barrier()
     tl.store(lse + t * lse_t + n * lse_n, high + tl.log(total), inside)
@@ -136,11 +145,13 @@ def _total(
     BLOCK_T: tl.constexpr,
 ):
     n = tl.program_id(1).to(tl.int64)
-    t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    first = tl.program_id(0).to(tl.int64) * BLOCK_T
+    t = first + tl.arange(0, BLOCK_T)
     h = tl.arange(0, BLOCK_H)[None, :]
     x = tl.load(base + (t * base_t + n * base_n)[:, None] + h, (t < tokens)[:, None] & (h < H), other=0.0).to(tl.float32)
     for i in tl.static_range(len(spans)):
-        here = (t >= spans[i][0] // 32) & (t < spans[i][1] // 32)
-        at = (t - spans[i][0] // 32) * strides[i][0] + n * strides[i][1]
-        x += tl.load(parts[i] + at[:, None] + h, here[:, None] & (h < H), other=0.0).to(tl.float32)
+        if _meet(spans[i], first, BLOCK_T):
+            here = (t >= spans[i][0] // 32) & (t < spans[i][1] // 32)
+            at = (t - spans[i][0] // 32) * strides[i][0] + n * strides[i][1]
+            x += tl.load(parts[i] + at[:, None] + h, here[:, None] & (h < H), other=0.0).to(tl.float32)
     tl.store(out + (t * out_t + n * out_n)[:, None] + h, x, (t < tokens)[:, None] & (h < H))

@@ -11,23 +11,31 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ds_cp.kernels.merge import total
+from ds_cp.kernels.merge import AT_ONCE, total
 from ds_cp.tiles import Tile
 
 Backward = Callable[..., tuple[Tensor, Tensor, Tensor]]
 """A kernel's `backward`."""
 
 WAITING = 4
-"""dq of so many tiles is kept until one pass adds them all, in fp32."""
+"""dq of so many tiles over all queries, or of more over fewer, is kept until one pass adds them all, in fp32."""
+ONE_RUN = (0,)
 
 
 class Sums(Protocol):
-    """The gradients of a ring rank's tiles, summed. `PlainSums` makes them of any kernel's `backward`."""
+    """The gradients of a ring rank's tiles, summed. `PlainSums` makes them of any kernel's `backward`.
 
-    def new(self, keys: int, plain: bool = False) -> Tensor:
-        """Zero (dk, dv) of so many keys, contiguous, to travel; in a form of the kernel's own, or [2, S, M, H] in fp32."""
+    `starts` are the keys of a block at which rectangles begin (`Plan.starts`): a form of the kernel's own may give each a place
+    that suits it.
+    """
 
-    def add(self, into: Tensor, tile: Tile, k_SMH: Tensor, v_SMH: Tensor) -> None:
+    def new(self, keys: int, starts: Sequence[Sequence[int]] = (ONE_RUN,)) -> Tensor:
+        """Zero (dk, dv) of so many keys, contiguous, to travel, in a form of the kernel's own; as large for all blocks."""
+
+    def plain(self, keys: int) -> Tensor:
+        """The same as [2, S, M, H] in fp32."""
+
+    def add(self, into: Tensor, tile: Tile, k_SMH: Tensor, v_SMH: Tensor, starts: Sequence[int] = ONE_RUN) -> None:
         """A tile's (dk, dv), of its keys among these, to `into`; its dq to dq. The first tile covers every query."""
 
     @property
@@ -40,7 +48,7 @@ class Sums(Protocol):
     def dq(self) -> Tensor:
         """[T, N, H], q's dtype; once, at the end."""
 
-    def dkv(self, sums: Sequence[Tensor], keys: int, dtype: torch.dtype) -> Tensor:
+    def dkv(self, sums: Sequence[Tensor], keys: int, dtype: torch.dtype, starts: Sequence[int] = ONE_RUN) -> Tensor:
         """One or two sums of one form together, [2, S, M, H]; they may be overwritten."""
 
 
@@ -72,10 +80,13 @@ class PlainSums:
         self._waiting: list[tuple[int, Tensor]] = []
         self.work = torch.promote_types(q_TNH.dtype, torch.float32)
 
-    def new(self, keys: int, plain: bool = False) -> Tensor:
+    def new(self, keys: int, starts: Sequence[Sequence[int]] = (ONE_RUN,)) -> Tensor:
+        return self.plain(keys)
+
+    def plain(self, keys: int) -> Tensor:
         return self._q.new_zeros((2, keys, self._kv_heads, self._q.shape[-1]), dtype=self.work)
 
-    def add(self, into: Tensor, tile: Tile, k_SMH: Tensor, v_SMH: Tensor) -> None:
+    def add(self, into: Tensor, tile: Tile, k_SMH: Tensor, v_SMH: Tensor, starts: Sequence[int] = ONE_RUN) -> None:
         keys = slice(tile.k_start, tile.k_end)
         self.add_plain(into, tile, *self.outside(tile, k_SMH[keys], v_SMH[keys]))
 
@@ -103,7 +114,7 @@ class PlainSums:
 
     @property
     def full(self) -> bool:
-        return len(self._waiting) >= WAITING
+        return len(self._waiting) >= AT_ONCE or sum(len(dq) for _, dq in self._waiting) >= WAITING * len(self._q)
 
     def settle(self) -> None:
         """Adds up what waits."""
@@ -113,7 +124,7 @@ class PlainSums:
     def dq(self) -> Tensor:
         return total(self._dq, self._waiting, self._q.dtype)
 
-    def dkv(self, sums: Sequence[Tensor], keys: int, dtype: torch.dtype) -> Tensor:
+    def dkv(self, sums: Sequence[Tensor], keys: int, dtype: torch.dtype, starts: Sequence[int] = ONE_RUN) -> Tensor:
         first, *others = sums
         for other in others:
             first += other

@@ -1,4 +1,5 @@
-"""DeepSpeed's own tiles, `TiledFusedLogitsLoss` and `TiledMLP`, under its engine: gradients against one process without tiles.
+"""DeepSpeed's own tiles, `TiledFusedLogitsLoss`, `TiledMLP` and `SequenceTiledCompute`, under its engine: gradients against one
+process without tiles.
 
     python scripts/bench/deepspeed_tiles.py --json docs/data/deepspeed_tiles.json      # two gloo ranks, fp32, CPU, a minute
 
@@ -36,20 +37,35 @@ WAYS = {
     "loss, mean over tiles, unequal targets": {"tiles": 4, "loss": "mean"},
     "MLP, 4 tiles": {"tiles": 4, "mlp": True},
     "MLP, 8 tiles asked for, of which 20 tokens make 7": {"tiles": 8, "mlp": True},
+    "any computation, a loss, sum over tiles, divided by the targets": {"tiles": 4, "loss": "sum", "compute": True},
+    "any computation, a loss, mean over tiles, as many targets in each": {
+        "tiles": 4,
+        "loss": "mean",
+        "compute": True,
+        "all_targets": True,
+    },
+    "any computation, a loss, mean over tiles, unequal targets": {"tiles": 4, "loss": "mean", "compute": True},
+    "any computation, an MLP, 4 tiles": {"tiles": 4, "mlp": True, "compute": True},
+    "any computation, an MLP, 8 tiles asked for, of which 20 tokens make 7": {"tiles": 8, "mlp": True, "compute": True},
 }
 
 
 class Net(nn.Module):
-    def __init__(self, tiles: int = 1, loss: str = "", mlp: bool = False) -> None:
+    def __init__(self, tiles: int = 1, loss: str = "", mlp: bool = False, compute: bool = False) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.tiles, self.loss, self.in_tiles = tiles, loss, mlp
+        self.tiles, self.loss, self.in_tiles, self.compute = tiles, loss, mlp, compute
         self.first = nn.Linear(HIDDEN, HIDDEN)
         self.up, self.down = nn.Linear(HIDDEN, 24, bias=False), nn.Linear(24, HIDDEN, bias=False)
         self.head = nn.Linear(HIDDEN, VOCABULARY, bias=False)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        from deepspeed.runtime.sequence_parallel.ulysses_sp import TiledFusedLogitsLoss, TiledMLP
+        from deepspeed.runtime.sequence_parallel.ulysses_sp import TiledFusedLogitsLoss, TiledMLP, sequence_tiled_compute
+
+        def tiled(fn: Any, shard: dict[str, Tensor], parameters: list[Tensor], dimension: int, reduction: str | None) -> Tensor:
+            keys = [*shard]
+            rest = {"compute_params": parameters, "output_unshard_dimension": dimension, "output_reduction": reduction}
+            return sequence_tiled_compute(fn, x.shape[1], self.tiles, shard, {}, keys[0], **rest)
 
         def mlp(net: Net, part: Tensor) -> Tensor:
             return net.down(torch.tanh(net.up(part)))
@@ -58,10 +74,18 @@ class Net(nn.Module):
             return functional.cross_entropy(net.head(hidden).flatten(0, -2), targets.flatten(), reduction=self.loss or "mean")
 
         h = self.first(x)
-        h = h + (TiledMLP.apply(mlp, self, h, self.tiles, [self.up.weight, self.down.weight]) if self.in_tiles else mlp(self, h))
+        inner = [self.up.weight, self.down.weight]
+        if self.in_tiles and self.compute:
+            h = h + tiled(lambda part: mlp(self, part), {"part": h}, inner, 1, None)
+        else:
+            h = h + (TiledMLP.apply(mlp, self, h, self.tiles, inner) if self.in_tiles else mlp(self, h))
         if not self.loss:
             return loss(self, h, y)
-        value = TiledFusedLogitsLoss.apply(loss, self, h, y, None, self.tiles, [self.head.weight], self.loss)
+        if self.compute:
+            shard = {"hidden": h, "targets": y}
+            value = tiled(lambda hidden, targets: loss(self, hidden, targets), shard, [self.head.weight], 0, self.loss)
+        else:
+            value = TiledFusedLogitsLoss.apply(loss, self, h, y, None, self.tiles, [self.head.weight], self.loss)
         return value / (y != -100).sum() if self.loss == "sum" else value
 
 

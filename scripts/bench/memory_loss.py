@@ -1,4 +1,4 @@
-"""The loss of a shard alone, from bf16 hidden states: whole logits, ds_cp's tiles, DeepSpeed's tiles. Part of memory.py.
+"""The loss of a shard alone, from bf16 hidden states: whole logits, ds_cp's tiles, DeepSpeed's and Liger's. Part of memory.py.
 
 peak_gib       highest allocation of forward and backward above what is there before
 over_own_gib   the same above the gradients that are there after (of the weight and of the hidden states)
@@ -8,6 +8,7 @@ over_own_gib   the same above the gradients that are there after (of the weight 
 from __future__ import annotations
 
 import gc
+import importlib.util
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -85,4 +86,16 @@ def losses(head: torch.nn.Linear, vocabulary: int) -> dict[str, Callable[[Tensor
     def theirs(x: Tensor, y: Tensor) -> Tensor:
         return fused.forward(shift_labels=y, inputs=x) / y.numel()
 
-    return {"whole logits": whole, "ds_cp, loss_chunk auto": ours, "DeepSpeed TiledFusedLogitsLoss": theirs}
+    found = {"whole logits": whole, "ds_cp, loss_chunk auto": ours, "DeepSpeed TiledFusedLogitsLoss": theirs}
+    return found | (ligers(head) if importlib.util.find_spec("liger_kernel") and head.weight.is_cuda else {})
+
+
+def ligers(head: torch.nn.Linear) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+    """Its sum of the weight's gradient is in the weight's dtype unless it is asked for another."""
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    def way(dtype: torch.dtype | None) -> Callable[[Tensor, Tensor], Tensor]:
+        fused = LigerFusedLinearCrossEntropyLoss(accum_dtype=dtype)
+        return lambda x, y: fused(head.weight, x.flatten(0, 1), y.flatten())
+
+    return {"Liger": way(None), "Liger, accum_dtype fp32": way(torch.float32)}

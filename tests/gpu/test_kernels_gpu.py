@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -262,12 +263,13 @@ def test_the_ring_is_within_twice_the_error_of_one_kernel(
         assert error(value, wanted[part]) <= 2 * error(alone[part], wanted[part]), part
 
 
+@pytest.mark.parametrize("runs", [False, True], ids=["one run", "three runs"])
 @pytest.mark.parametrize("plain", [False, True], ids=["own form", "plain"])
 @pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
 @pytest.mark.parametrize("size", [size for size in HEAD_SIZES if size != 80])
 @pytest.mark.parametrize("name", [name for name in KERNELS if hasattr(attention.load(name), "sums")])
 def test_a_kernels_own_sums_are_within_twice_the_error_of_plain_bf16(
-    name: str, size: int, heads: tuple[int, int], plain: bool
+    name: str, size: int, heads: tuple[int, int], plain: bool, runs: bool
 ) -> None:
     """Causal own keys; others in three tiles, of which one is small and one begins within a block."""
     kernel, score = attention.load(name), Score(size**-0.5)
@@ -276,11 +278,13 @@ def test_a_kernels_own_sums_are_within_twice_the_error_of_plain_bf16(
     wanted, out, lse = masked(dout, q, k, v, score.scale, torch.float32)
     rounded, *_ = masked(dout, q, k, v, score.scale, DTYPE)
     sums = kernel.sums(dout, q, out.to(DTYPE), lse, heads[1], [own, *others], score)
-    home, away = sums.new(700, plain), [sums.new(800, plain) for _ in range(2)]
+    starts = (0, 384, 510) if runs else (0,)
+    make = sums.plain if plain else partial(sums.new, starts=[starts])
+    home, away = sums.plain(700) if plain else sums.new(700), [make(800) for _ in range(2)]
     sums.add(home, own, k[800:], v[800:])
     for number, tile in enumerate(others):
-        sums.add(away[number % 2], tile, k[:800], v[:800])
-    dk, dv = torch.cat((sums.dkv(away, 800, DTYPE), sums.dkv([home], 700, DTYPE)), dim=1)
+        sums.add(away[number % 2], tile, k[:800], v[:800], starts)
+    dk, dv = torch.cat((sums.dkv(away, 800, DTYPE, starts), sums.dkv([home], 700, DTYPE)), dim=1)
     for part, value in {"dq": sums.dq(), "dk": dk, "dv": dv}.items():
         assert error(value, wanted[part]) <= 2 * error(rounded[part], wanted[part]) + 1e-6, part
 
@@ -317,7 +321,7 @@ def test_deterministic_algorithms_give_the_same_bits_twice(name: str, size: int)
 
 
 @pytest.mark.parametrize("low", [False, True], ids=["running fp32", "running bf16"])
-@pytest.mark.parametrize("count", [1, 2, 5, 7])
+@pytest.mark.parametrize("count", [1, 2, 5, 7, 11])
 @pytest.mark.parametrize("size", [64, 80, 192])
 def test_the_fused_merge_is_the_reference(size: int, count: int, low: bool) -> None:
     generator = torch.Generator(device="cuda").manual_seed(size)
@@ -328,7 +332,7 @@ def test_the_fused_merge_is_the_reference(size: int, count: int, low: bool) -> N
     running = running.to(DTYPE) if low else running
     blocks = []
     for i in range(count):
-        start, end = (0, 295) if i % 3 == 0 else (17 * i, 295 - 31 * i)
+        start, end = (0, 295) if i % 3 == 0 else (17 * (i % 7), 295 - 31 * (i % 7))
         out, block_lse = wide[i + 1][5 + start : 5 + end, 1:6], scores[i + 1][1:6, 5 + start : 5 + end].transpose(0, 1)
         blocks.append((start, out.to(DTYPE), block_lse))
     wanted, wanted_lse = torch.empty_like(running, dtype=torch.float64), lse.double()
@@ -358,20 +362,24 @@ def test_the_fused_total_is_the_reference(spans: list[tuple[int, int]]) -> None:
     assert torch.equal(merge.total(base, parts, torch.float32).cpu(), wanted)
 
 
+@pytest.mark.parametrize("starts", [(0,), (0, 13), (0, 5, 48, 49, 120)], ids=str)
 @pytest.mark.parametrize("size", [64, 96])
-def test_fused_blocked_sums_are_the_reference(size: int) -> None:
+def test_fused_blocked_sums_are_the_reference(size: int, starts: tuple[int, ...]) -> None:
     elements, generator = 48 * 128, torch.Generator().manual_seed(size)
     place = torch.randperm(elements, generator=generator).view(48, 128)[:, :size].int().contiguous()
-    here = torch.zeros(2, 2, 3, 4 * elements)
+    here = torch.zeros(2, 2, 3, blocked.blocks(starts, 150, 48) * elements)
     there = here.cuda()
     for number, (start, keys) in enumerate([(0, 150), (13, 70), (48, 1)]):
         dk, dv = torch.randn(2, keys, 4, size, generator=generator).to(DTYPE)[:, :, 1:]
-        blocked.add_(here[number % 2], place, elements, start, dk, dv, 4.0)
-        blocked.add_(there[number % 2], place.cuda(), elements, start, dk.cuda(), dv.cuda(), 4.0)
+        blocked.add_(here[number % 2], place, elements, starts, start, dk, dv, 4.0)
+        blocked.add_(there[number % 2], place.cuda(), elements, starts, start, dk.cuda(), dv.cuda(), 4.0)
     assert torch.equal(there.cpu(), here)
-    for count, dtype in ((1, DTYPE), (2, DTYPE), (2, torch.float32)):
-        wanted = blocked.plain(list(here[:count]), place, elements, 150, 0.25, dtype)
-        assert torch.equal(blocked.plain(list(there[:count]), place.cuda(), elements, 150, 0.25, dtype).cpu(), wanted)
+    own = tuple(torch.randn(2, 150, 4, size, generator=generator).to(DTYPE)[:, :, 1:])
+    for count, dtype, more in ((1, DTYPE, None), (2, DTYPE, None), (2, torch.float32, None), (2, torch.float32, own)):
+        last = starts, 150, 0.25, dtype
+        wanted = blocked.plain(list(here[:count]), place, elements, *last, more)
+        found = blocked.plain(list(there[:count]), place.cuda(), elements, *last, more and tuple(x.cuda() for x in more))
+        assert torch.equal(found.cpu(), wanted)
 
 
 def test_unsupported_gives_the_reason_and_the_way_out() -> None:

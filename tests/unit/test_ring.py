@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from ds_cp import tiles
 from ds_cp.kernels import blocked, flash4_hopper
 from ds_cp.kernels.attention import Score, reference, torch_cpu
 from ds_cp.kernels.flash4_hopper import HopperSums
@@ -69,7 +70,7 @@ class Launcher:
             dv.copy_(parts[1])
         else:
             both = torch.stack((dk, dv))
-            blocked.add_(both, self.place(q), self.block_elements(16), 0, *parts, 1.0)
+            blocked.add_(both, self.place(q), self.block_elements(16), (0,), 0, *parts, 1.0)
             for into, x in zip((dk, dv), both, strict=True):
                 into.copy_(x)
 
@@ -78,7 +79,8 @@ class Launcher:
 
     def finish_dkv(self, sums: Tensor, into: Tensor, scale: float) -> None:
         both = torch.stack((sums, sums)).squeeze(1)
-        into.copy_(blocked.plain([both], self.place(into), self.block_elements(16), into.shape[1], scale, into.dtype)[0])
+        form = self.place(into), self.block_elements(16), (0,)
+        into.copy_(blocked.plain([both], *form, into.shape[1], scale, into.dtype)[0])
 
 
 def with_sums() -> SimpleNamespace:
@@ -158,16 +160,43 @@ def test_sums_that_a_kernel_keeps_are_those_of_the_whole_row(
     assert any(causal for _, _, causal in kernel.launcher.calls) == (len(documents) == 2 and not gathered)
 
 
+@pytest.mark.parametrize("starts", [(0,), (0, 5, 9, 33), tuple(range(12))], ids=str)
 @pytest.mark.parametrize("count", [1, 2])
-def test_a_blocked_sum_gives_back_what_was_added_to_it(count: int) -> None:
+def test_a_blocked_sum_gives_back_what_was_added_to_it(count: int, starts: tuple[int, ...]) -> None:
     place, elements = Launcher().place(torch.empty(0, 16)), Launcher().block_elements(16)
-    sums, wanted = torch.zeros(count, 2, 3, 5 * elements, dtype=torch.float64), torch.zeros(2, 37, 3, 16, dtype=torch.float64)
+    blocks = blocked.blocks(starts, 37, 8)
+    sums, wanted = torch.zeros(count, 2, 3, blocks * elements, dtype=torch.float64), torch.zeros(2, 37, 3, 16, dtype=torch.float64)
     for number, (start, keys) in enumerate([(0, 37), (5, 20), (36, 1)]):
         dk, dv = torch.randn(2, keys, 3, 16, dtype=torch.float64)
-        blocked.add_(sums[number % count], place, elements, start, dk, dv, 4.0)
+        blocked.add_(sums[number % count], place, elements, starts, start, dk, dv, 4.0)
         wanted[:, start : start + keys] += torch.stack((dk, dv))
-    found = blocked.plain(list(sums), place, elements, 37, 0.25, torch.float64)
-    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    form, last = (place, elements, starts), (37, 0.25, torch.float64)
+    torch.testing.assert_close(blocked.plain(list(sums), *form, *last), wanted, rtol=1e-12, atol=1e-12)
+    own = torch.randn(2, 37, 3, 16, dtype=torch.float64)
+    torch.testing.assert_close(blocked.plain(list(sums), *form, *last, tuple(own)), wanted + own, rtol=1e-12, atol=1e-12)
+
+
+def test_every_start_begins_a_block() -> None:
+    starts = (0, 5, 9, 33)  # places 0, 8, 16, 40
+    assert blocked.blocks(starts, 37, 8) == 6
+    assert [blocked.first_block(start, start + 1, starts, 8) for start in starts] == [0, 1, 2, 5]
+    assert blocked.first_block(17, 30, starts, 8) == 3
+    assert blocked.first_block(6, 8, starts, 8) is None
+    assert blocked.first_block(5, 10, starts, 8) is None, "keys of two runs"
+    assert blocked.blocks(tuple(range(12)), 37, 8) == 5, "more starts than a kernel is told of"
+
+
+@settings(max_examples=100)
+@given(layout=any_layout())
+def test_every_rectangle_is_added_in_place(layout: tuple[Layout, tuple[int, ...]]) -> None:
+    plan, documents = layout
+    plans = [tiles.plan(plan, rank, documents) for rank in range(plan.ring)]
+    for rank, found in enumerate(plans):
+        assert found.starts == plans[0].starts
+        for step, rectangles in enumerate(found.steps[1:], start=1):
+            starts = found.starts[(rank - step) % plan.ring]
+            for tile in rectangles:
+                assert blocked.first_block(tile.k_start, tile.k_end, starts, 8) is not None
 
 
 def assert_whole_row(found: dict[str, Tensor], tensors: list[Tensor], documents: Sequence[int], window: int | None = None) -> None:
