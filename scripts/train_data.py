@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +27,8 @@ from torch.utils.data import Dataset, Subset
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 IGNORE = -100
+Document = str | list[dict[str, Any]]
+"""A text, or the messages of a conversation."""
 TEXT_SUFFIXES = (".txt", ".md", ".jsonl")
 NOT_THE_LIBRARY = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages"})
 
@@ -43,7 +46,14 @@ class DataArguments:
     )
     data_config: str | None = field(default=None, metadata={"help": "configuration of a hub dataset"})
     data_split: str = field(default="train", metadata={"help": "split of a dataset"})
-    text_field: str = field(default="text", metadata={"help": "field of a .jsonl line or a dataset's row that holds the text"})
+    text_field: str = field(
+        default="text",
+        metadata={
+            "help": "field of a .jsonl line or a dataset's row that holds the text; a .jsonl line "
+            "without `text` may have "
+            "`messages`, or `prompt` and `completion`: every token is trained on"
+        },
+    )
     seq_length: int = field(default=1024, metadata={"help": "tokens in every row"})
     join_documents: bool = field(
         default=False, metadata={"help": "make every row one document: positions do not restart and texts see those before them"}
@@ -128,16 +138,25 @@ def pack(documents: Iterable[list[int]], seq_length: int) -> Iterator[np.ndarray
                 tokens, positions = [], []
 
 
-def tokenized(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
+def tokenized(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
     """The tokens of each document that has any, and the end of text where the tokenizer has one."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    texts = iter(text for text in documents if text)
+    texts = iter(as_text(document, tokenizer) for document in documents if document)
     while group := list(islice(texts, 16)):
         for ids in tokenizer(group, add_special_tokens=False, verbose=False)["input_ids"]:
             yield ids + end
 
 
-def texts(args: DataArguments) -> Iterator[str]:
+def as_text(document: Document, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A conversation in the form of the tokenizer's chat template."""
+    if isinstance(document, str):
+        return document
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError("--data: the lines are conversations, and this tokenizer has no chat template; give another --tokenizer")
+    return tokenizer.apply_chat_template(document, tokenize=False)
+
+
+def texts(args: DataArguments) -> Iterator[Document]:
     """The documents of --data, in an order that depends on their names alone."""
     path = Path(args.data)
     if args.data == "stdlib":
@@ -161,7 +180,7 @@ def stdlib_files() -> list[Path]:
     return [root / path for path in files if NOT_THE_LIBRARY.isdisjoint(path.parts)]
 
 
-def file_texts(path: Path, text_field: str) -> Iterator[str]:
+def file_texts(path: Path, text_field: str) -> Iterator[Document]:
     """The one document of a text file, or those of a .jsonl file."""
     if path.suffix not in TEXT_SUFFIXES:
         raise ValueError(f"--data {path}: unknown kind of file; use {', '.join(TEXT_SUFFIXES)}")
@@ -173,9 +192,18 @@ def file_texts(path: Path, text_field: str) -> Iterator[str]:
             if not line.strip():
                 continue
             record = json.loads(line)
-            if text_field not in record:
-                raise ValueError(f"--text_field {text_field}: line {number} of {path} has only {', '.join(record)}")
-            yield record[text_field]
+            yield document_of(record, text_field, f"line {number} of {path}")
+
+
+def document_of(record: dict[str, Any], text_field: str, where: str) -> Document:
+    """The field that --text_field names; by default also `messages`, or `prompt` and `completion`, one after the other."""
+    if text_field in record:
+        return record[text_field]
+    if text_field == "text" and "messages" in record:
+        return record["messages"]
+    if text_field == "text" and {"prompt", "completion"} <= record.keys():
+        return record["prompt"] + record["completion"]
+    raise ValueError(f"--text_field {text_field}: {where} has only {', '.join(record)}")
 
 
 def dataset_texts(args: DataArguments) -> Iterator[str]:

@@ -146,6 +146,32 @@ class TestRuns:
         assert AutoTokenizer.from_pretrained(runs.two)("é")["input_ids"] == train_data.byte_tokenizer()("é")["input_ids"]
 
 
+class TestJsonLines:
+    LINES = (
+        {"text": "a"},
+        {"messages": [{"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}]},
+        {"prompt": "d", "completion": "e"},
+        {"prompt": [{"role": "user", "content": "f"}], "completion": [{"role": "assistant", "content": "g"}]},
+    )
+
+    def test_text_conversations_and_completions_become_documents(self, tmp_path: Path) -> None:
+        path = tmp_path / "my.jsonl"
+        path.write_text("".join(json.dumps(line) + "\n" for line in self.LINES), encoding="utf-8")
+        tokenizer = train_data.byte_tokenizer()
+        tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }};{% endfor %}"
+        found = [tokenizer.decode(ids) for ids in train_data.tokenized(train_data.file_texts(path, "text"), tokenizer)]
+        wanted = ["a", "user:b;assistant:c;", "de", "user:f;assistant:g;"]
+        assert found == [text + tokenizer.eos_token for text in wanted]
+
+    def test_conversations_without_a_chat_template_are_refused(self) -> None:
+        with pytest.raises(ValueError, match="this tokenizer has no chat template"):
+            list(train_data.tokenized([self.LINES[1]["messages"]], train_data.byte_tokenizer()))
+
+    def test_a_named_field_is_not_replaced_by_another(self) -> None:
+        with pytest.raises(ValueError, match="--text_field body: line 1 has only prompt, completion"):
+            train_data.document_of(self.LINES[2], "body", "line 1")
+
+
 class TestPacking:
     def test_rows_are_full_and_positions_restart(self) -> None:
         rows = list(train_data.pack([[1, 2, 3], [4], [5, 6, 7, 8, 9, 10], [11]], seq_length=5))

@@ -1,0 +1,120 @@
+"""What the docs tell a reader to type is something that the programs take: links, JSON, Python, `ds-cp` and scripts' arguments."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+from transformers import HfArgumentParser
+
+import ds_cp
+from ds_cp import cli, config
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+KNOWN = ("scripts/quickstart", "scripts/test", "sudo", "accelerate", "source", "python")
+"""Commands that other tests and CI start; here only their files are looked for."""
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[tuple[str, list[str]]]:
+    """(page, words) of every line in a bash block; variables that the block sets are filled in."""
+    found = []
+    for page in PAGES:
+        for block in blocks(page, "bash"):
+            variables: dict[str, str] = {}
+            for text in re.findall(r'(?:"[^"]*"|[^"\n])+', re.sub(r"\\\n\s*", "", block)):
+                for name, value in variables.items():
+                    text = text.replace(f"${name}", value)
+                words = shlex.split(text, comments=True)
+                while words and re.fullmatch(r"\w+=.*", words[0], re.DOTALL):
+                    name, _, value = words.pop(0).partition("=")
+                    variables[name] = value
+                if words:
+                    found.append((page.name, words))
+    return found
+
+
+COMMANDS = commands()
+
+
+def ds_cp_takes(words: list[str]) -> None:
+    """Parses as the shell does; nothing is started. Files need not be there."""
+    group = typer.main.get_command(cli.app)
+    group.commands[words[0]].make_context(words[0], words[1:])
+
+
+def train_takes(words: list[str]) -> None:
+    sys.path.insert(0, str(ROOT / "scripts"))
+    try:
+        from scripts import train
+    finally:
+        sys.path.pop(0)
+    parser = HfArgumentParser((train.ModelArguments, train.DataArguments, train.TrainArguments))
+    _, unknown = parser.parse_known_args(words)
+    assert unknown == []
+
+
+def accepted(words: list[str]) -> None:
+    """Fails for a command that nothing here knows."""
+    if words[0] == "ds-cp":
+        return ds_cp_takes(words[1:])
+    if words[0] == "deepspeed" and "ds_cp.cli" in words:
+        return ds_cp_takes(words[words.index("ds_cp.cli") + 1 :])
+    scripts = [word for word in words if word.startswith("scripts/")]
+    assert all((ROOT / word).exists() for word in scripts), f"no such file among {scripts}"
+    if words[0] == "deepspeed" and "scripts/train.py" in words:
+        return train_takes(words[words.index("scripts/train.py") + 1 :])
+    assert words[0] in KNOWN or words[:2] in (["deepspeed", "train.py"], ["deepspeed", "scripts/examples/sft.py"]), words
+    return None
+
+
+@pytest.mark.parametrize(("page", "words"), COMMANDS, ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else value)
+def test_a_command_of_the_docs_is_taken(page: str, words: list[str]) -> None:
+    accepted(words)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "rm -rf runs",
+        "ds-cp plan my_model --gpus 8 --lenght 4",
+        "deepspeed scripts/train.py --model m --seq_len_typo 3",
+        "python scripts/no.py",
+    ],
+)
+def test_a_command_that_is_wrong_is_seen(text: str) -> None:
+    with pytest.raises((AssertionError, typer.BadParameter, Exception)):
+        accepted(shlex.split(text))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_to_files_resolve(page: Path) -> None:
+    targets = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
+    files = {target.partition("#")[0] for target in targets if "://" not in target} - {""}
+    assert {target for target in files if not (page.parent / target).exists()} == set()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_compiles_and_names_of_the_package_exist(page: Path) -> None:
+    for block in blocks(page, "python"):
+        used = {
+            node.attr
+            for node in ast.walk(ast.parse(block))
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "ds_cp"
+        }
+        assert used <= set(ds_cp.__all__)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda path: path.name)
+def test_shipped_configs_are_legal(path: Path) -> None:
+    config.parse(json.loads(path.read_text(encoding="utf-8")))
