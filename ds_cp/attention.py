@@ -20,6 +20,7 @@ Shapes: T local tokens, S tokens of the ring rank (U * T), N query heads, M key/
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -60,6 +61,8 @@ def attend(
     """
     q_TNH, k_TMH, v_TMH = (x.squeeze(0).transpose(0, 1) for x in (q_1NTH, k_1MTH, v_1MTH))
     plan = context.plans[window]
+    if plan.kept and not torch.is_grad_enabled():  # evaluation, or a forward that reentrant checkpointing will repeat
+        plan = replace(plan, kept=False)
     reason = context.methods.attention.unsupported(q_TNH, k_TMH, v_TMH, plan.steps[0][0], score)
     if reason is not None:
         name = context.methods.attention.__name__.split(".")[-1]

@@ -72,6 +72,7 @@ def prepare(
     methods: Methods,
     device: torch.device,
     census: Any = None,
+    keep: bool = False,
 ) -> tuple[dict[str, Any], SequenceContext]:
     """This rank's part of a batch of whole rows, and the context that goes with it.
 
@@ -79,6 +80,7 @@ def prepare(
         batch: keyword arguments of a HF causal LM: `input_ids` or `inputs_embeds`, optionally `labels` or `shift_labels`,
             2-D `attention_mask`, `position_ids` [B, S] (of MRoPE [3 or 4, B, S]), `cu_seq_lens_q` or `seq_lens`, `loss_weights`
             [B, S]. The same on every rank of the seq group.
+        keep: keys and values of other ranks wait for backward (`Plan.kept`). The same on every rank, too.
 
     Returns:
         Keyword arguments with local tensors on `device`, and the context.
@@ -107,12 +109,13 @@ def prepare(
     out["position_ids"] = cut(positions, 0) if positions.ndim == 2 else cut(positions.movedim(0, -1), 0).movedim(-1, 0)
     if targets is not None:
         out["labels"] = cut(targets, IGNORE)
+    plans = _plans(plan, mesh, documents, methods, gathered, device)
     context = SequenceContext(
         mesh=mesh,
         methods=methods,
         layout=plan,
         held=held,
-        plans=_plans(plan, mesh, documents, methods, gathered, device),
+        plans={window: replace(found, kept=keep) for window, found in plans.items()},
         documents=documents,
         rows=rows,
         targets=None if targets is None else _count(targets, weights).to(device, non_blocking=True),

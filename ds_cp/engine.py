@@ -107,7 +107,8 @@ def prepare(model: nn.Module, block: Config, ds_config: Mapping[str, Any]) -> tu
     degrees, methods, dtype = preflight.together(lambda: _resolve(inner, block, ds_config, local_world))
     delta = methods.delta and (methods.delta.__name__, methods.linear)
     found = {"sizes": degrees, "activations": dtype, "attention_kernel": choice.identity(methods.attention), "delta_kernel": delta}
-    found |= {"ring_impl": (methods.ring_impl, methods.gathered_tokens), "attention_head_chunks": methods.head_chunks}
+    ring = methods.ring_impl, methods.gathered_tokens, methods.ring_keep
+    found |= {"ring_impl, ring_keep": ring, "attention_head_chunks": methods.head_chunks}
     agreement.agree(found, "Give all hosts the same packages and GPUs, or name a kernel that all have")
     preflight.refuse_together(preflight.together(lambda: _wrong_kernel(methods, inner, degrees, dtype)))
     mesh_ = mesh.build(degrees, block.comm_timeout_s)
@@ -136,7 +137,7 @@ def _resolve(
         linear="heads" if checks.scan_heads(model) else block.linear_attention,
     )
     dtype = compute_dtype(ds_config, model)
-    return degrees, methods_of(block, model, degrees, dtype), dtype
+    return degrees, methods_of(block, model, degrees, dtype, local_world), dtype
 
 
 def _gathered_as_one(model: PreTrainedModel, block: Config) -> list[nn.Module]:
@@ -184,8 +185,8 @@ def compute_dtype(ds_config: Mapping[str, Any], model: nn.Module) -> torch.dtype
     return next(model.parameters()).dtype
 
 
-def methods_of(block: Config, model: nn.Module, degrees: topology.Topology, dtype: torch.dtype) -> Methods:
-    """How layers are computed, every "auto" resolved.
+def methods_of(block: Config, model: nn.Module, degrees: topology.Topology, dtype: torch.dtype, local_world: int = 0) -> Methods:
+    """How layers are computed, every "auto" resolved; without `local_world` all ranks are on one node.
 
     Raises:
         ValueError: a kernel cannot serve here, or the DeltaNet layers have too few heads for the ranks.
@@ -193,8 +194,9 @@ def methods_of(block: Config, model: nn.Module, degrees: topology.Topology, dtyp
     shapes = checks.linear_shapes(model)
     scans = bool(checks.scan_heads(model))
     linear = topology.resolve_linear(block.linear_attention, degrees, checks.linear_heads(model), passes=not scans)
-    split = topology.split_heads(degrees.ulysses, *checks.heads(model)[0])
+    split, asked = topology.split_heads(degrees.ulysses, *checks.heads(model)[0]), block.attention_head_chunks
     passing = linear == "state" and degrees.ring > 1 and bool(shapes)
+    chunks = topology.resolve_head_chunks(asked, degrees, checks.heads(model), passing, least_memory=block.activation_offload)
     return Methods(
         attention=kernel_of(block, model),
         layout=block.layout,
@@ -206,9 +208,8 @@ def methods_of(block: Config, model: nn.Module, degrees: topology.Topology, dtyp
         windows=checks.windows(model),
         scans=scans,
         halo=checks.halo(model),
-        head_chunks=topology.resolve_head_chunks(
-            block.attention_head_chunks, degrees, checks.heads(model), passing, least_memory=block.activation_offload
-        ),
+        head_chunks=chunks,
+        ring_keep=topology.resolve_ring_keep(block.ring_keep, degrees, local_world or degrees.world, chunks),
     )
 
 
@@ -269,6 +270,7 @@ def print_table(block: Config, mesh_: Mesh, methods: Methods, model: PreTrainedM
         "layout": layout.describe(block.layout),
         "attention_kernel": choice.describe(methods.attention),
         "ring_impl": _describe_ring(methods, degrees.ring),
+        "ring_keep": methods.ring_keep,
         "attention_head_chunks": methods.head_chunks,
         "loss_reduction": "token_mean if counted, else mean" if block.loss_reduction == "auto" else block.loss_reduction,
         "loss_chunk": _describe_chunk(block, model),
@@ -284,10 +286,8 @@ def print_table(block: Config, mesh_: Mesh, methods: Methods, model: PreTrainedM
 
 
 def _describe_ring(methods: Methods, ring: int) -> str:
-    if methods.ring_impl != "auto":
-        return methods.ring_impl
-    if ring <= 2 or not methods.gathered_tokens:
-        return "p2p"
+    if methods.ring_impl != "auto" or ring <= 2 or not methods.gathered_tokens:
+        return methods.ring_impl.replace("auto", "p2p")
     return f"allgather for one document of at most {ring * methods.gathered_tokens:,} tokens, else p2p"
 
 

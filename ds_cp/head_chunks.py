@@ -16,6 +16,7 @@ query heads of a group on a rank.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -41,28 +42,32 @@ class AttentionByHeads(torch.autograd.Function):
     ) -> Tensor:
         split = split_heads(context.mesh.ulysses.size, q_TNH.shape[1], k_TMH.shape[1])
         k, v = _key_value_heads(k_TMH, v_TMH, split, context)
-        out_TNH, lses = torch.empty_like(q_TNH, memory_format=torch.contiguous_format), []
+        out_TNH, lses, kept = torch.empty_like(q_TNH, memory_format=torch.contiguous_format), [], []
         for group in groups(split, context.methods.head_chunks):
             (q,) = _to_heads([q_TNH], group, context)
-            out, lse = ring.push(q, k[:, group.kv], v[:, group.kv], _of(sink_n, group), context, plan, score)
+            out, lse, blocks = ring.push(q, k[:, group.kv], v[:, group.kv], _of(sink_n, group), context, plan, score)
             _to_tokens(out, out_TNH, group, context)
             lses.append(lse)
-        ctx.save_for_backward(q_TNH, k, v, sink_n, out_TNH, *lses)
-        ctx.split, ctx.rest = split, (context, plan, score)
+            kept.append(blocks)
+        ctx.save_for_backward(q_TNH, k, v, sink_n, out_TNH, *lses, *chain.from_iterable(kept))
+        ctx.split, ctx.rest, ctx.kept = split, (context, plan, score), len(kept[0])
         return out_TNH
 
     @staticmethod
     def backward(ctx, dout_TNH: Tensor) -> tuple[Tensor | None, ...]:
-        q_TNH, k, v, sink_n, out_TNH, *lses = ctx.saved_tensors
+        q_TNH, k, v, sink_n, out_TNH, *saved = ctx.saved_tensors
         context, split = ctx.rest[0], ctx.split
         parts = list(groups(split, context.methods.head_chunks))
+        lses, kept = saved[: len(parts)], saved[len(parts) :]
         dtype = k.dtype if len({group.kv.start for group in parts}) == len(parts) else lses[0].dtype
         dk, dv = (torch.zeros_like(x, dtype=dtype, memory_format=torch.contiguous_format) for x in (k, v))
         dq_TNH, dsinks = torch.empty_like(out_TNH), []
-        for group, lse in zip(parts, lses, strict=True):
+        for number, (group, lse) in enumerate(zip(parts, lses, strict=True)):
+            blocks = kept[number * ctx.kept : (number + 1) * ctx.kept]
             q, out, dout = _to_heads([q_TNH, out_TNH, dout_TNH], group, context)
             kv = k[:, group.kv], v[:, group.kv]
-            dq, dk_part, dv_part, dsink = ring.pull(dout, q, *kv, _of(sink_n, group), out, lse, *ctx.rest)
+            given = dout, q, *kv, _of(sink_n, group), out, lse
+            dq, dk_part, dv_part, dsink = ring.pull(*given, *ctx.rest, kept=blocks)
             dk[:, group.kv] += dk_part
             dv[:, group.kv] += dv_part
             _to_tokens(dq, dq_TNH, group, context)

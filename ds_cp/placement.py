@@ -47,6 +47,8 @@ class Methods:
     """Of every attention layer: how many keys a query attends, its own included; a chunk's; None for all before it."""
     head_chunks: int = 1
     """Groups of a rank's query heads that go through the all-to-all one after another."""
+    ring_keep: Literal["always", "checkpointing", "never"] = "never"
+    """Whether other ranks' keys and values wait for backward instead of being sent again; or only where layers are checkpointed."""
     scans: bool = False
     """The model has other recurrent layers, whose heads are shared out as those of DeltaNet layers may be."""
     halo: int = 0

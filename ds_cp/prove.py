@@ -64,7 +64,7 @@ def parity(model: PreTrainedModel, block: Config, mesh: Mesh, ds_config: dict[st
         ValueError: on every rank: a gradient is further off than rounding.
     """
     small = preflight.together(lambda: _twin(model))
-    settings = block.model_dump(include={"layout", "ring_impl", "linear_attention", "comm_timeout_s", "loss_chunk"})
+    settings = block.model_dump(include={"layout", "ring_impl", "ring_keep", "linear_attention", "comm_timeout_s", "loss_chunk"})
     on_cuda = get_accelerator().device_name() == "cuda"
     kernels = {"attention_kernel": "reference", "delta_kernel": "reference"} if on_cuda else {}
     stage = int((ds_config.get("zero_optimization") or {}).get("stage", 0))

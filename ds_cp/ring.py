@@ -23,12 +23,15 @@ Because every tile's backward gets the whole row's out and lse, p = exp(s - lse)
 softmax: no forward is repeated and nothing is saved per step but q, k, v, out, lse. Blocks live in two buffers by turns, sums in
 three.
 
+With `Plan.kept` (`ring_keep`) the keys and values of others that this rank's tiles read are saved as well, each in a buffer of its
+own, and backward sends only gradients: of 3 blocks' worth of bytes in fp32 it takes 2, for up to R times the memory of k and v.
+
 Shapes: S tokens of the ring rank, N query heads, M key/value heads, H head size, 2 for (k, v).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -48,6 +51,9 @@ FEWER_WAITING = 5
 
 Block = Tensor | tuple[Tensor, Tensor]
 """[2, keys, M, H], or the pair (k, v)."""
+
+Blocks = Iterator[tuple[int, Block, tuple[Tile, ...]]]
+"""(turn, block, its tiles)."""
 
 Sends = list[tuple[Tensor, int]]
 """Tensors with the ring rank that each goes to or comes from."""
@@ -73,22 +79,23 @@ class RingAttention(torch.autograd.Function):
         plan: Plan,
         score: Score,
     ) -> Tensor:
-        out, lse = push(q_SNH, k_SMH, v_SMH, sink_N, context, plan, score)
-        ctx.save_for_backward(q_SNH, k_SMH, v_SMH, sink_N, out, lse)
+        out, lse, kept = push(q_SNH, k_SMH, v_SMH, sink_N, context, plan, score)
+        ctx.save_for_backward(q_SNH, k_SMH, v_SMH, sink_N, out, lse, *kept)
         ctx.rest = context, plan, score
         return out
 
     @staticmethod
     def backward(ctx, dout_SNH: Tensor) -> tuple[Tensor | None, ...]:
-        return *pull(dout_SNH, *ctx.saved_tensors, *ctx.rest), None, None, None
+        *saved, context, plan, score = *ctx.saved_tensors, *ctx.rest
+        return *pull(dout_SNH, *saved[:6], context, plan, score, kept=saved[6:]), None, None, None
 
 
 def push(
     q_SNH: Tensor, k_SMH: Tensor, v_SMH: Tensor, sink_N: Tensor | None, context: SequenceContext, plan: Plan, score: Score
-) -> tuple[Tensor, Tensor]:
-    """Forward: (out [S, N, H] in q's dtype, lse [S, N])."""
-    tiles_of, lanes = _Push(q_SNH, context, plan, score), Lanes(context.methods.beside)
-    for turn, block, tiles in _blocks(k_SMH, v_SMH, context, plan, lanes):
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Forward: (out [S, N, H] in q's dtype, lse [S, N], what `plan.kept` has wait for backward)."""
+    tiles_of, lanes, kept = _Push(q_SNH, context, plan, score), Lanes(context.methods.beside), []
+    for turn, block, tiles in _arriving(k_SMH, v_SMH, context, plan, lanes, kept if plan.kept else None):
         with lanes.turn(turn):
             for tile in tiles:
                 tiles_of.tile(block, tile)
@@ -97,7 +104,7 @@ def push(
                 tiles_of.merge()
     lanes.join()
     out, lse = tiles_of.result()
-    return (out, lse) if sink_N is None else _with_sink(out, lse, sink_N)
+    return *((out, lse) if sink_N is None else _with_sink(out, lse, sink_N)), kept
 
 
 def pull(
@@ -111,6 +118,7 @@ def pull(
     context: SequenceContext,
     plan: Plan,
     score: Score,
+    kept: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Backward, from what `push` gave: the gradients of q, k, v and the sink."""
     dsink = None if sink_N is None else _sink_gradient(dout_SNH, out_SNH, lse_SN, sink_N)
@@ -120,10 +128,14 @@ def pull(
     tiles = [tile for step in plan.steps for tile in step]
     attention, kv_heads = context.methods.attention, k_SMH.shape[1]
     sums = sums_of(attention, dout_SNH.contiguous(), q_SNH, out_SNH, lse_SN, kv_heads, tiles, score)
+    lanes = Lanes(None if plan.gathered or plan.halo else context.methods.beside)
+    blocks = _kept(k_SMH, v_SMH, plan, lanes, kept) if plan.kept else _arriving(k_SMH, v_SMH, context, plan, lanes)
     if plan.halo is not None:
-        dkv = _backward_halo(sums, k_SMH, v_SMH, context, plan)
+        dkv = _backward_halo(sums, blocks, k_SMH, context, plan)
+    elif plan.gathered:
+        dkv = _backward_gathered(sums, blocks, k_SMH, context)
     else:
-        dkv = (_backward_gathered if plan.gathered else _backward_hops)(sums, k_SMH, v_SMH, context, plan)
+        dkv = _backward_hops(sums, blocks, k_SMH, context, plan, lanes)
     return sums.dq(), *dkv.unbind(), dsink
 
 
@@ -183,11 +195,10 @@ class _Push:
         return self._out, self._lse
 
 
-def _backward_hops(sums: Sums, k: Tensor, v: Tensor, context: SequenceContext, plan: Plan) -> Tensor:
+def _backward_hops(sums: Sums, blocks: Blocks, k: Tensor, context: SequenceContext, plan: Plan, lanes: Lanes) -> Tensor:
     """(dk, dv) [2, S, M, H] of the own block, after a whole turn around the ring."""
-    lanes = Lanes(context.methods.beside)
     trip = _Trip(sums, len(k), context, plan, lanes)
-    for step, block, tiles in _blocks(k, v, context, plan, lanes):
+    for step, block, tiles in blocks:
         with lanes.turn(step):
             into, starts = trip.sum(step), plan.starts[(context.mesh.ring.rank - step) % context.mesh.ring.size]
             for tile in tiles:
@@ -259,8 +270,8 @@ class _Trip:
         return self._plan.reach[self._rank(by)]
 
 
-def _backward_gathered(sums: Sums, k: Tensor, v: Tensor, context: SequenceContext, plan: Plan) -> Tensor:
-    (_, own, (own_tile,)), *others = _blocks(k, v, context, plan, Lanes(None))
+def _backward_gathered(sums: Sums, blocks: Blocks, k: Tensor, context: SequenceContext) -> Tensor:
+    (_, own, (own_tile,)), *others = blocks
     mine = sums.plain(len(k))
     sums.add(mine, own_tile, *own)
     row = sums.plain(context.layout.length)
@@ -275,8 +286,8 @@ def _backward_gathered(sums: Sums, k: Tensor, v: Tensor, context: SequenceContex
     return mine.to(k.dtype)
 
 
-def _backward_halo(sums: Sums, k: Tensor, v: Tensor, context: SequenceContext, plan: Plan) -> Tensor:
-    (_, own, (own_tile,)), *others = _blocks(k, v, context, plan, Lanes(None))
+def _backward_halo(sums: Sums, blocks: Blocks, k: Tensor, context: SequenceContext, plan: Plan) -> Tensor:
+    (_, own, (own_tile,)), *others = blocks
     mine = sums.plain(len(k))
     sums.add(mine, own_tile, *own)
     dhalo = mine.new_zeros((plan.halo.tokens, *mine.shape[:1], *mine.shape[2:]))
@@ -305,16 +316,30 @@ def _post_halo(k: Tensor, v: Tensor, context: SequenceContext, halo: Halo) -> tu
     return keys, hop
 
 
-def _blocks(
-    k: Tensor, v: Tensor, context: SequenceContext, plan: Plan, lanes: Lanes
-) -> Iterator[tuple[int, Block, tuple[Tile, ...]]]:
-    """(turn, block, its tiles). What the next step needs is posted before a block is handed out."""
+def _kept(k: Tensor, v: Tensor, plan: Plan, lanes: Lanes, kept: Sequence[Tensor]) -> Blocks:
+    """The same blocks and turns as `_arriving` gives, from what it has kept: nothing is sent."""
+    yield 0, (k, v), plan.steps[0]
+    if plan.halo is not None or plan.gathered:
+        others = kept[0].unbind(1 if plan.halo is not None else 0)
+        for turn, tile in enumerate(plan.steps[1], start=1):
+            yield turn, others, (tile,)
+        return
+    theirs = iter(kept)
+    for step, tiles in enumerate(plan.steps[1:], start=1):
+        lanes.order(step - 1, step)
+        yield step, next(theirs) if tiles else (), tiles
+
+
+def _arriving(k: Tensor, v: Tensor, context: SequenceContext, plan: Plan, lanes: Lanes, kept: list[Tensor] | None = None) -> Blocks:
+    """What the next step needs is posted before a block is handed out. What is read of others' goes into `kept`."""
     steps = plan.steps
     if len(steps) == 1:
         yield 0, (k, v), steps[0]
         return
     if plan.halo is not None:
         halo, hop = _post_halo(k, v, context, plan.halo)
+        if kept is not None:
+            kept.append(halo)
         yield 0, (k, v), steps[0]
         hop.wait()
         lanes.order(0, 1)
@@ -324,6 +349,8 @@ def _blocks(
     block = torch.stack((k, v))
     if plan.gathered:
         row = block.new_empty((2, context.layout.length, *block.shape[2:]))
+        if kept is not None:
+            kept.append(row)
         everyone = comm.Gather(_own_slots(block, context), _by_slot(row, context), context.mesh.ring.group)
         yield 0, block, steps[0]
         everyone.wait()
@@ -342,6 +369,9 @@ def _blocks(
         yield step, block, tiles
         with lanes.turn(step + 1):
             hop.wait()
+        if kept is not None and step and tiles:
+            kept.append(block)
+            block = torch.empty_like(block) if step < len(steps) - 2 else block
         block, spare = spare, block
 
 

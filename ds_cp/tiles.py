@@ -97,6 +97,8 @@ class Plan:
     """Of a windowed layer with neighbours: what travels instead of blocks."""
     gathered: bool = False
     """Two steps: the own tokens, then everybody's keys and values at once (`ring_impl: allgather`)."""
+    kept: bool = False
+    """Keys and values that came in forward wait for backward, which then receives none (`ring_keep`). The same on every rank."""
 
 
 def plan(layout: Layout, ring_rank: int, documents: Sequence[int]) -> Plan:

@@ -112,6 +112,16 @@ def resolve_head_chunks(
     return asked
 
 
+def resolve_ring_keep(
+    asked: bool | Literal["auto"], degrees: Topology, local_world: int, head_chunks: int
+) -> Literal["always", "checkpointing", "never"]:
+    """When the ring's keys and values wait for backward; "auto" spares slow links, and head groups mean that memory is short."""
+    if asked != "auto":
+        return "always" if asked else "never"
+    leaves = degrees.ring > 1 and (degrees.size > local_world or local_world % degrees.size != 0)
+    return "checkpointing" if leaves and head_chunks == 1 else "never"
+
+
 def legal_ulysses(size: int, heads: list[tuple[int, int]]) -> list[int]:
     """Divisors of `size` that can split every (query heads, key/value heads) pair."""
     return [d for d in range(1, size + 1) if size % d == 0 and all(heads_illegal(d, n, m) is None for n, m in heads)]

@@ -175,14 +175,15 @@ class Handle:
         _refuse_keywords(given)
         device = next(module.parameters()).device
         self._scored = scored.begin(given, self.token_values)
-        self._same_row.check(given, device)
+        keep = self._keeps()
+        self._same_row.check(given, device, keep)
         census = None if self._checked else Census()
         asked = {key: given.pop(key, None) for key in lm_head.CALL_KEYS}
         if self._computes_its_loss and asked["token_values"] is None:
             given = counted.unshifted(given, module)
         rest = self._routers.begin(given.pop(routers.KEY, None))
         encoded, ids = self._vision.begin(given, device), given.get("input_ids")
-        local, context = batches.prepare(given, self.mesh, self.methods, device, census)
+        local, context = batches.prepare(given, self.mesh, self.methods, device, census, keep)
         if census is not None:
             check_plan(context, device)
         rest |= self._vision.end(encoded, ids, context)
@@ -199,10 +200,18 @@ class Handle:
         balance = self._routers.loss(self.loss, kwargs.get("num_items_in_batch"), cp)
         return loss if balance is None else loss + balance
 
-    def _begin_offload(self, tokens: int) -> None:
+    def _checkpoints(self) -> bool:
         model = self.model
         name = "is_activation_checkpointing" if hasattr(model, "is_activation_checkpointing") else "is_gradient_checkpointing"
-        if not (getattr(model, name) and model.training):
+        return bool(getattr(model, name) and model.training)
+
+    def _keeps(self) -> bool:
+        """Whether the ring's keys and values of this pass wait for its backward; asked in every pass: the flag may be set late."""
+        return self.methods.ring_keep == "always" or (self.methods.ring_keep == "checkpointing" and self._checkpoints())
+
+    def _begin_offload(self, tokens: int) -> None:
+        model = self.model
+        if not self._checkpoints():
             raise ValueError(
                 "sequence_parallel.activation_offload: only inputs of checkpointed layers are kept on the host, but gradient "
                 "checkpointing is off; call model.gradient_checkpointing_enable() (Trainer: gradient_checkpointing=True), or set "

@@ -26,8 +26,10 @@ class SameRow:
         self._first = True
         self._waiting: tuple[Tensor, Late] | None = None
 
-    def check(self, given: dict[str, Any], device: torch.device) -> None:
+    def check(self, given: dict[str, Any], device: torch.device, keep: bool = False) -> None:
         """Raises on every rank of a group whose ranks hold different rows; every rank of it must call it.
+
+        Args: keep: whether this rank's ring keeps what it receives, which goes by the model's checkpointing.
 
         Raises:
             ValueError: they differ, in this pass or, on CUDA, in the one before.
@@ -37,7 +39,7 @@ class SameRow:
         if self._waiting is not None:
             everyone, same = self._waiting
             self._refuse(everyone, same.read(), " in the step before this one")
-        everyone = self._everyone(given, device)
+        everyone = self._everyone(given, device, keep)
         same = Late((everyone == everyone[0]).all())
         if self._first or device.type != "cuda":
             self._refuse(everyone, same.read(), "")
@@ -45,18 +47,24 @@ class SameRow:
             self._waiting = everyone, same
         self._first = False
 
-    def _everyone(self, given: dict[str, Any], device: torch.device) -> Tensor:
-        """The hash of each rank of the group; of embeddings and the like, which are large, in the first pass only."""
+    def _everyone(self, given: dict[str, Any], device: torch.device, keep: bool) -> Tensor:
+        """(hash, keep) of each rank of the group; of embeddings and the like, which are large, in the first pass only."""
         keys = [k for k, v in given.items() if isinstance(v, Tensor) and v.ndim > 0 and (self._first or not v.is_floating_point())]
         prints = [fingerprint(key, given[key]).to(device, non_blocking=True) for key in sorted(keys)]
         shapes = sum((i + 2) * n for key in sorted(given) if isinstance(given[key], Tensor) for i, n in enumerate(given[key].shape))
         total = torch.stack(prints).sum(0) if prints else torch.zeros(1, dtype=torch.int64, device=device)
-        return comm.all_gather(total + shapes, self._mesh.seq.group)
+        return comm.all_gather(torch.cat((total + shapes, torch.full_like(total, keep))), self._mesh.seq.group)
 
     def _refuse(self, everyone: Tensor, same: bool, when: str) -> None:
         if same:
             return
-        prints = zip(self._mesh.seq.ranks, everyone.flatten().tolist(), strict=True)
+        rows, keeps = everyone.unbind(1)
+        if (keeps != keeps[0]).any():
+            raise ValueError(
+                f"model: gradient checkpointing is on on some ranks of a sequence group{when} "
+                f"({self._mesh.seq.ranks} have {keeps.bool().tolist()}); the ring sends otherwise then. Switch it on on all or none"
+            )
+        prints = zip(self._mesh.seq.ranks, rows.tolist(), strict=True)
         table = [f"rank {rank} {found & 0xFFFFFFFF:08x}" for rank, found in prints]
         raise ValueError(
             f"batch: the ranks of one sequence group got different rows{when} ({', '.join(table)}); give every rank of a group the "

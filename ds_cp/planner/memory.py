@@ -46,6 +46,8 @@ class Settings:
     """Of a tile of logits, and how large a shard's must be to be tiled."""
     tile_copies: float = 2.0
     fixed: float = CUBLAS
+    ring_kept: bool = False
+    """Of checkpointed layers: keys and values of the other ring ranks wait for backward, instead of two buffers by turns."""
 
 
 DEFAULT = Settings()
@@ -98,7 +100,7 @@ def of(shape: Shape, choice: Choice, tokens: int, settings: Settings = DEFAULT) 
     moments = {
         "loss": gathered + _loss(shape, choice, tokens, settings),
         "mlp": gathered + _mlp(shape, choice, tokens),
-        "attention": gathered + 2.0 * tokens * _attention(shape, choice),
+        "attention": gathered + 2.0 * tokens * _attention(shape, choice, settings.ring_kept),
         "optimizer": _optimizer(shape, choice, settings),
     }
     if shape.linear:
@@ -194,7 +196,7 @@ def _mlp(shape: Shape, choice: Choice, tokens: int) -> float:
     return 2.0 * tokens * _recomputed(shape, choice, _layer(shape, choice) + 2.0 * d) + sums + of_tile
 
 
-def _attention(shape: Shape, choice: Choice) -> float:
+def _attention(shape: Shape, choice: Choice, ring_kept: bool) -> float:
     """In backward, elements a token; the layer's MLP is done, the gradient of its residual waits."""
     query, kv = _widths(shape, choice)
     norm, ring = _norm(shape, choice), choice.degrees.ring
@@ -207,7 +209,7 @@ def _attention(shape: Shape, choice: Choice) -> float:
         fp32 = 2.0 * query + 2.0 * kv
         working = norm + shape.hidden + (query + kv) + query + query + (query + kv) + fp32
     if ring > 1:
-        working += 8.0 * kv + min(DQ_WAITING, ring - 1) * query / groups
+        working += 6.0 * kv + (max(ring - 1, 2) if ring_kept else 2.0) * kv + min(DQ_WAITING, ring - 1) * query / groups
     working += _small(shape)
     if choice.checkpointing:
         return working

@@ -66,7 +66,8 @@ def judge(shape: Shape, choice: Choice, machine: Machine, documents: Sequence[in
     sent = traffic.of(shape, choice, machine, tokens)
     took = times.of(shape, choice, machine, sent, tokens, pairs)
     speed = documents[-1] * choice.degrees.data / took.seconds / machine.gpus
-    return Row(choice, tokens, memory.of(shape, choice, tokens), sent, took, speed)
+    settings = memory.Settings(ring_kept=traffic.keeps(choice, machine))
+    return Row(choice, tokens, memory.of(shape, choice, tokens, settings), sent, took, speed)
 
 
 def _padded(documents: Sequence[int], degrees: Topology) -> int:

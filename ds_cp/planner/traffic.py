@@ -2,8 +2,9 @@
 
     all-to-all   a layer: q, k, v to heads, the output back, T (Q + K) + T Q elements, of which 1 / U stay; once in forward, once
                  in a recomputation, once in backward; with head groups q and the output once more in backward
-    ring         a layer: R - 1 hops of the ring rank's k, v in forward and recomputation and again in backward, where their
-                 gradients (fp32) take R hops, two ranks at a time (one hop where R is 2); a window's keys alone where there is one
+    ring         a layer: R - 1 hops of the ring rank's k, v in forward and recomputation and again in backward (unless `ring_keep`
+                 "auto" keeps them), where their gradients (fp32) take R hops, two ranks at a time (one hop where R is 2); a
+                 window's keys alone where there is one
     ZeRO         0: an all-reduce; 1, 2: gradients scattered, parameters gathered; 3: parameters gathered in forward and in
                  backward, gradients scattered. Every rank passes on all but its own part
 
@@ -114,14 +115,21 @@ def _ring(shape: Shape, choice: Choice, machine: Machine, tokens: int, element: 
     crossing, far = (min(ulysses, host), min(2 * ulysses, host)) if ulysses * ring > host else (0, 0)
     link = machine.between if crossing else machine.inside
     speed = _of_one(link, crossing) * 1e9
+    passes = forwards if keeps(choice, machine) else forwards + 1
     sent = leaves = seconds = 0.0
     for window in shape.windows:
         share = 1.0 if window is None else min(2.0 * window / (mine * hops), 1.0)  # two runs of chunks, a window before each
-        keys, sums = (forwards + 1) * hops * token * mine * share, token * mine * (4 / element) * share
+        keys, sums = passes * hops * token * mine * share, token * mine * (4 / element) * share
         sent += keys + sums * (twice + 1)
         leaves += keys * crossing + sums * (twice * far + crossing)
-        seconds += (keys + sums * (twice + 1)) / speed + ((forwards + 1) * hops + twice + 1) * link.latency_us * 1e-6
+        seconds += (keys + sums * (twice + 1)) / speed + (passes * hops + twice + 1) * link.latency_us * 1e-6
     return Flow(sent, leaves, seconds)
+
+
+def keeps(choice: Choice, machine: Machine) -> bool:
+    """Whether `ring_keep` "auto" keeps what the ring brought until backward."""
+    kept = topology.resolve_ring_keep("auto", choice.degrees, machine.per_host, choice.head_chunks)
+    return kept == "checkpointing" and choice.checkpointing
 
 
 def _zero(shape: Shape, choice: Choice, machine: Machine, element: int) -> Flow:

@@ -375,6 +375,17 @@ def bad_batch(block: dict[str, Any], key: str) -> None:
     engine(**(batch if wrong is None else {**batch, key: wrong}))
 
 
+def checkpointing_on_one_rank(block: dict[str, Any]) -> None:
+    """Where the ring would keep what it receives with checkpointed layers, as between hosts."""
+    engine, _ = started(block)
+    handle = attach.handle_of(engine)
+    handle.methods = dataclasses.replace(handle.methods, ring_keep="checkpointing")
+    engine(**rows(1, 20)[0])
+    if torch.distributed.get_rank() == 1:
+        engine.module.gradient_checkpointing_enable({"use_reentrant": False})
+    engine(**rows(1, 20)[0])
+
+
 def stall(block: dict[str, Any], seconds: float, layer: bool) -> None:
     """Rank 1 sleeps before its second forward pass, or in its first layer there; rank 0 waits for it."""
     engine, _ = started(block)
@@ -496,9 +507,9 @@ class Sent(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def sent_by_a_windowed_layer(ring: int, window: int, tokens: int) -> tuple[int, int]:
+def sent_by_a_layer(ring: int, window: int | None, tokens: int, keep: bool = False) -> tuple[int, int]:
     """Bytes of (keys and values in forward, their gradients in backward), fp32, 4 heads of 16."""
-    axes, context, tensors = _attention_inputs(1, ring, "torch_cpu", window=window, length=tokens)
+    axes, context, tensors = _attention_inputs(1, ring, "torch_cpu", window=window, length=tokens, keep=keep)
     there, back = Sent(), Sent()
     with there:
         out = attend(*tensors, context, Score(0.3), window)
@@ -510,12 +521,12 @@ def sent_by_a_windowed_layer(ring: int, window: int, tokens: int) -> tuple[int, 
 
 
 def _attention_inputs(
-    ulysses: int, ring: int, kernel: str, kv_heads: int = 4, window: int | None = None, length: int = 64
+    ulysses: int, ring: int, kernel: str, kv_heads: int = 4, window: int | None = None, length: int = 64, keep: bool = False
 ) -> tuple[Any, Any, list[torch.Tensor]]:
     """(mesh, context, q, k, v as HF hands them over) for 8 query heads of 16 and one row."""
     axes = mesh.build(Topology(ulysses=ulysses, ring=ring, data=1), timeout_s=60)
     methods = batches.Methods(attention=kernels.load(kernel), layout="zigzag", windows=(window,))
-    _, context = batches.prepare(rows(1, length)[0], axes, methods, torch.device("cpu"))
+    _, context = batches.prepare(rows(1, length)[0], axes, methods, torch.device("cpu"), keep=keep)
     tokens = length // (ulysses * ring)
     shapes = [(1, tokens, heads, 16) for heads in (8, kv_heads, kv_heads)]
     return axes, context, [torch.randn(shape).transpose(1, 2).requires_grad_() for shape in shapes]

@@ -110,6 +110,11 @@ def test_one_label_that_differs_later_is_refused_too(pool, passes: int) -> None:
     assert "the ranks of one sequence group got different rows (rank 0" in message
 
 
+def test_checkpointing_on_some_ranks_only_is_refused_where_the_ring_goes_by_it(pool) -> None:
+    message = refused(pool(2), jobs.checkpointing_on_one_rank, block=block(1, 2))
+    assert "gradient checkpointing is on on some ranks of a sequence group" in message
+
+
 BAD_BATCHES = {
     "labels": "labels has shape (1, 17), expected (1, 20)",
     "position_ids": "position_ids has shape (1, 17), expected (1, 20)",

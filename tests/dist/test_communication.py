@@ -34,8 +34,16 @@ def test_an_all_to_all_moves_each_head_once_to_where_it_is_needed(pool, ulysses:
 @pytest.mark.parametrize(("ring", "window", "tokens"), [(2, 5, 64), (4, 9, 64), (4, 60, 512)])
 def test_a_windowed_layer_sends_its_window_and_nothing_else(pool, ring: int, window: int, tokens: int) -> None:
     """Every chunk but the row's first has window - 1 tokens before it on other ranks; but the two middle chunks are one run."""
-    found = pool(ring).run(jobs.sent_by_a_windowed_layer, ring=ring, window=window, tokens=tokens)
+    found = pool(ring).run(jobs.sent_by_a_layer, ring=ring, window=window, tokens=tokens)
     assert window - 1 <= tokens // (2 * ring), "else the halo is of several chunks"
     least = (2 * ring - 2) * (window - 1) * 2 * 4 * 16 * 4
     assert sum(there for there, _ in found) == least
     assert sum(back for _, back in found) == 2 * least, "(k, v) once more, and their gradients in fp32"
+
+
+@pytest.mark.parametrize(("ring", "window"), [(2, None), (4, None), (4, 9)])
+def test_keys_and_values_that_were_kept_are_not_sent_again(pool, ring: int, window: int | None) -> None:
+    """Backward sends what it sends without `ring_keep`, less what the forward sends."""
+    sent, kept = (pool(ring).run(jobs.sent_by_a_layer, ring=ring, window=window, tokens=256, keep=keep) for keep in (False, True))
+    for (there, back), (kept_there, kept_back) in zip(sent, kept, strict=True):
+        assert (kept_there, kept_back) == (there, back - there)

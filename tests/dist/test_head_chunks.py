@@ -22,7 +22,10 @@ def test_out_and_every_gradient_in_fp64(pool, mesh: tuple[int, int], chunks: int
 
 @pytest.mark.parametrize(("mesh", "chunks", "stage"), [((2, 1), 4, 0), ((2, 2), 2, 3), ((4, 1), 2, 2), ((2, 2), 4, 1)])
 def test_a_model_of_packed_rows(pool, mesh: tuple[int, int], chunks: int, stage: int) -> None:
-    run = {"block": block(*mesh, attention_head_chunks=chunks), "batches": [packed([13, 1, 1, 22, 5, 1, 20, 2])]}
+    run = {
+        "block": block(*mesh, attention_head_chunks=chunks, ring_keep=chunks == 2),
+        "batches": [packed([13, 1, 1, 22, 5, 1, 20, 2])],
+    }
     assert_parity(pool(mesh[0] * mesh[1]).run(jobs.parity, model_type="llama", stage=stage, checkpointing=stage == 3, **run))
 
 

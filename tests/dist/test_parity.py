@@ -157,7 +157,9 @@ def test_a_replica_without_targets(pool, stage: int) -> None:
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("stage", [1, 3])
 def test_gradient_checkpointing(pool, stage: int, reentrant: bool) -> None:
-    assert_parity(pool(4).run(jobs.parity, model_type="qwen3", block=block(2, 2), stage=stage, checkpointing=reentrant))
+    assert_parity(
+        pool(4).run(jobs.parity, model_type="qwen3", block=block(2, 2, ring_keep=True), stage=stage, checkpointing=reentrant)
+    )
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2])
@@ -177,7 +179,7 @@ def test_gathering_instead_of_hops(pool, mesh: tuple[int, int], documents: list[
 @pytest.mark.parametrize("mesh", [(1, 2), (2, 2), (1, 4)], ids=lambda m: f"u{m[0]}r{m[1]}")
 def test_balanced_layout_of_packed_rows(pool, mesh: tuple[int, int], ring_impl: str) -> None:
     batches = [packed([430, 13, 1, 22, 900, 5, 300])]
-    run = {"model_type": "qwen3", "block": block(*mesh, layout="balanced", ring_impl=ring_impl), "batches": batches}
+    run = {"model_type": "qwen3", "block": block(*mesh, layout="balanced", ring_impl=ring_impl, ring_keep=True), "batches": batches}
     assert_parity(pool(MESHES[mesh]).run(jobs.parity, stage=2, changes={"max_position_embeddings": 2048}, **run))
 
 

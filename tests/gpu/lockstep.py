@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -113,6 +114,7 @@ def ring(
     window: int | None = None,
     sink: Tensor | None = None,
     lanes: bool = False,
+    kept: bool = False,
 ) -> dict[str, Tensor]:
     """out, dq, dk, dv of the whole row, [S, heads, H], computed by `size` ring ranks, on zigzag chunks if no layout is given."""
     monkeypatch.setattr(comm, "Hop", LocalHop)
@@ -131,11 +133,14 @@ def ring(
             found = (tiles.plan_gathered if gathered else tiles.plan)(plan, rank, documents)
         else:
             found = tiles.plan_window(plan, rank, documents, window)
+        found = replace(found, kept=kept)
         beside = torch.cuda.Stream() if lanes else None  # its own: what a rank frees, another must not be given
         methods = SimpleNamespace(attention=kernel, beside=beside)
         context = SimpleNamespace(methods=methods, layout=plan, mesh=mesh)
         with group.turn:
             out = RingAttention.forward(ctx, *(x[index[rank]] for x in (q, k, v)), sink, context, found, score)
+            if kept:  # a graph that is kept (retain_graph) has a second backward
+                RingAttention.backward(ctx, torch.ones_like(out))
             return out, *RingAttention.backward(ctx, dout[index[rank]])[:4]
 
     with ThreadPoolExecutor(size) as threads, torch.no_grad():

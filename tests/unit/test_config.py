@@ -30,6 +30,7 @@ WHOLE_BLOCK = """
     "layout": "auto",              // zigzag | balanced | contiguous
     "linear_attention": "auto",    // heads | state (3.4)
     "ring_impl": "auto",           // p2p | allgather
+    "ring_keep": "auto",           // true | false
     "attention_head_chunks": "auto", // head groups that go through the all-to-all one after another; 1 = all at once
     "comm_timeout_s": 1800,        // a hop or all-to-all that takes longer ends the run with the rank and the step
     "profile": false,

@@ -136,14 +136,16 @@ def any_layout(draw: st.DrawFn) -> tuple[Layout, tuple[int, ...]]:
 
 
 @settings(max_examples=100)
-@given(layout=any_layout(), gathered=st.booleans(), own_sums=st.booleans())
-def test_any_layout_gives_what_one_kernel_gives(layout: tuple[Layout, tuple[int, ...]], gathered: bool, own_sums: bool) -> None:
+@given(layout=any_layout(), gathered=st.booleans(), own_sums=st.booleans(), kept=st.booleans())
+def test_any_layout_gives_what_one_kernel_gives(
+    layout: tuple[Layout, tuple[int, ...]], gathered: bool, own_sums: bool, kept: bool
+) -> None:
     plan, documents = layout
     tensors, wanted = row(documents, HEADS["GQA"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flash4_hopper, "FEWEST_TOKENS", FEWEST_TOKENS)
         kernel = with_sums() if own_sums else torch_cpu
-        found = lockstep.ring(*tensors, documents, plan.ring, kernel, SCORE, patch, gathered, plan)
+        found = lockstep.ring(*tensors, documents, plan.ring, kernel, SCORE, patch, gathered, plan, kept=kept)
     assert_close(found, wanted)
 
 
@@ -209,20 +211,21 @@ def assert_whole_row(found: dict[str, Tensor], tensors: list[Tensor], documents:
 
 
 @settings(max_examples=60)
-@given(case=any_layout(), window=st.integers(1, 30), kernel=st.sampled_from([reference, torch_cpu]))
-def test_a_window_gives_what_one_kernel_gives(case: tuple[Layout, tuple[int, ...]], window: int, kernel: Any) -> None:
+@given(case=any_layout(), window=st.integers(1, 30), kernel=st.sampled_from([reference, torch_cpu]), kept=st.booleans())
+def test_a_window_gives_what_one_kernel_gives(case: tuple[Layout, tuple[int, ...]], window: int, kernel: Any, kept: bool) -> None:
     plan, documents = case
     generator = torch.Generator().manual_seed(documents[-1])
     tensors = [torch.randn(documents[-1], n, 8, generator=generator, dtype=torch.float64) for n in (4, 4, 2, 2)]
     with pytest.MonkeyPatch.context() as patch:
-        found = lockstep.ring(*tensors, documents, plan.ring, kernel, SCORE, patch, plan=plan, window=window)
+        found = lockstep.ring(*tensors, documents, plan.ring, kernel, SCORE, patch, plan=plan, window=window, kept=kept)
     assert_whole_row(found, tensors, documents, window)
 
 
+@pytest.mark.parametrize("kept", [False, True], ids=["sent", "kept"])
 @pytest.mark.parametrize("window", [None, 7])
 @pytest.mark.parametrize("documents", [(0, 64), (0, 5, 6, 40, 64)], ids=["one", "packed"])
 @pytest.mark.parametrize("ring", [1, 2, 4])
-def test_a_sink_is_one_more_score_of_the_whole_row(ring: int, documents, window: int | None, monkeypatch) -> None:
+def test_a_sink_is_one_more_score_of_the_whole_row(ring: int, documents, window: int | None, kept: bool, monkeypatch) -> None:
     """Against PyTorch's softmax over the written-out scores with a column for the sink, dropped after it, and its autograd."""
     generator = torch.Generator().manual_seed(ring)
     dout, q, k, v = (torch.randn(64, n, 8, generator=generator, dtype=torch.float64) for n in (4, 4, 2, 2))
@@ -237,6 +240,6 @@ def test_a_sink_is_one_more_score_of_the_whole_row(ring: int, documents, window:
     p = torch.cat((scores.masked_fill(~mask, -torch.inf), column), dim=-1).softmax(-1)[..., :-1]
     out = torch.einsum("nts,snh->tnh", p, leaves[2].repeat_interleave(2, 1))
     wanted = dict(zip(("dq", "dk", "dv", "dsink"), torch.autograd.grad(out, leaves, dout), strict=True))
-    found = lockstep.ring(dout, q, k, v, documents, ring, reference, SCORE, monkeypatch, window=window, sink=sink)
+    found = lockstep.ring(dout, q, k, v, documents, ring, reference, SCORE, monkeypatch, window=window, sink=sink, kept=kept)
     for part, value in {"out": out.detach(), **wanted}.items():
         torch.testing.assert_close(found[part], value, rtol=1e-10, atol=1e-10, msg=part)

@@ -310,3 +310,15 @@ def test_groups_of_heads_that_do_not_match_key_value_heads_are_refused() -> None
         topology.resolve_head_chunks(3, degrees, [(24, 4)], passing=False, least_memory=False)
     with pytest.raises(ValueError, match='not available with linear_attention "state"'):
         topology.resolve_head_chunks(2, degrees, [(24, 4)], passing=True, least_memory=False)
+
+
+def test_the_ring_keeps_what_it_receives_where_it_leaves_a_host() -> None:
+    """ "auto" goes by the ranks that are sure to be on one host, not by where a rank is; an answer that was given stays."""
+    across, inside = topology.Topology(2, 2, 1), topology.Topology(2, 2, 2)
+    assert topology.resolve_ring_keep("auto", across, 2, 1) == "checkpointing"
+    assert topology.resolve_ring_keep("auto", across, 6, 1) == "checkpointing"
+    assert topology.resolve_ring_keep("auto", across, 2, 2) == "never"
+    assert topology.resolve_ring_keep("auto", inside, 8, 1) == "never"
+    assert topology.resolve_ring_keep("auto", topology.Topology(4, 1, 1), 2, 1) == "never"
+    assert topology.resolve_ring_keep(True, inside, 8, 4) == "always"
+    assert topology.resolve_ring_keep(False, across, 2, 1) == "never"
