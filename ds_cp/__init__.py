@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ds_cp.engine import unshard as unshard
     from ds_cp.launch import init_distributed as init_distributed
     from ds_cp.loader import data_loader as data_loader
+    from ds_cp.meter import stats as stats
     from ds_cp.reliable import last_checkpoint as last_checkpoint
     from ds_cp.reliable import save_checkpoint as save_checkpoint
     from ds_cp.reliable import should_stop as should_stop
@@ -38,6 +39,7 @@ __all__ = [
     "last_checkpoint",
     "save_checkpoint",
     "should_stop",
+    "stats",
     "token_logprobs",
     "unshard",
 ]
@@ -51,6 +53,7 @@ _HOME = {
     "last_checkpoint": "reliable",
     "save_checkpoint": "reliable",
     "should_stop": "reliable",
+    "stats": "meter",
 }
 
 

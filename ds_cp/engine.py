@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from ds_cp import agreement, comm, factor, launch, layout, mesh, preflight, topology, watch
+from ds_cp import agreement, comm, factor, launch, layout, mesh, meter, preflight, topology, watch
 from ds_cp import batch as batches
 from ds_cp import config as configs
 from ds_cp.balance import Chunks
@@ -57,8 +57,7 @@ def initialize(
     Raises:
         ValueError: on every rank, before training: the block, the model, the batch arithmetic or the launch is not supported.
     """
-    source = config if config is not None else config_params
-    source = getattr(args, "deepspeed_config", None) if source is None else source
+    source = next((each for each in (config, config_params, getattr(args, "deepspeed_config", None)) if each is not None), None)
     if source is None:
         raise ValueError("config: pass config=<path or dict>, as to deepspeed.initialize")
     ds_config, block = launch.read(source)
@@ -84,6 +83,7 @@ def initialize(
     engine, optimizer, _, scheduler = deepspeed.initialize(**given, config=ours)
     handle = attach_model(engine.module, block, mesh_, engine.gradient_accumulation_steps, methods)
     handle.watch.follow(engine, "global_steps")
+    meter.report_to_monitor(engine, handle.meter)
     loader = None
     if training_data is not None:
         loader = data_loader(engine, training_data, collate_fn, drop_last=ds_config.get("dataloader_drop_last") is True)
@@ -169,6 +169,7 @@ def attach_model(
         tiled_mlp=block.tiled_mlp is True,
         activation_offload=block.activation_offload,
         watch=watch.begin(silent_s=min(watch.SILENT_S, block.comm_timeout_s)),
+        meter=meter.begin(inner, mesh_),
     )
     handle.apply()
     return handle

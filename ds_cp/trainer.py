@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer as HfTrainer
 from transformers import TrainingArguments
 
-from ds_cp import agreement, comm, config, engine, factor, preflight, trl_trainers
+from ds_cp import agreement, comm, config, engine, factor, meter, preflight, trl_trainers
 from ds_cp.batch import DOCUMENT_KEYS, count_targets
 from ds_cp.deal import Passes
 from ds_cp.mesh import Mesh
@@ -75,7 +75,7 @@ class TrainerMixin(trl_trainers.Rows, Reliable):
             if block.loss_reduction in ("mean", "sum"):
                 self.model_accepts_loss_kwargs = False  # no num_items_in_batch
             self.loss_is_scaled_for_ga = {"mean": False, "token_mean": True, "sum": True}.get(block.loss_reduction)
-        self._cp_tokens, self._cp_paused, self._cp_clock = 0, 0.0, None
+        self._cp_tokens, self._cp_paused, self._cp_clock, self._cp_figures = 0, 0.0, None, {}
         self.accelerator.dataloader_config.dispatch_batches = False  # every rank reads a stream itself
 
     def get_cp_size(self) -> int:
@@ -127,6 +127,7 @@ class TrainerMixin(trl_trainers.Rows, Reliable):
         if self.cp_mesh is None:
             return super().evaluation_loop(*args, **kwargs)
         start = time.perf_counter()
+        self.cp_handle.meter.rest()
         self.gather_function = self._gather_rows
         try:
             return super().evaluation_loop(*args, **kwargs)
@@ -134,13 +135,25 @@ class TrainerMixin(trl_trainers.Rows, Reliable):
             self._cp_paused += time.perf_counter() - start
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """HF's log, with `tokens_per_second` of the whole job beside every training loss."""
+        """HF's log, with `tokens_per_second` of the whole job and what `ds_cp.stats` gives beside every training loss."""
         if self.cp_mesh is not None and "loss" in logs and self._cp_clock is not None:
             now = time.perf_counter()
             seconds = now - self._cp_clock - self._cp_paused
             logs = {**logs, "tokens_per_second": round(self._cp_tokens * self.cp_mesh.data.size / max(seconds, 1e-9), 1)}
+            logs, self._cp_figures = {**logs, **self._cp_figures}, {}
             self._cp_tokens, self._cp_paused, self._cp_clock = 0, 0.0, now
         super().log(logs, start_time)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        if self.cp_mesh is not None and self.control.should_log:  # here, because `log` may be called on one rank
+            self._cp_figures = self.cp_handle.meter.read()
+            meter.write(self.model_wrapped, self._cp_figures)
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        if self.cp_mesh is not None:
+            self.cp_handle.meter.rest()
+        super()._save_checkpoint(*args, **kwargs)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return super().floating_point_ops(inputs) // self.get_cp_size()  # HF sums over ranks, which share the row

@@ -9,7 +9,8 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-KEYS = ("loss", "grad_norm", "learning_rate", "tokens_per_second", "eval_loss")
+STATS = ("tokens", "step_seconds", "tokens_per_second_per_gpu", "tflops_per_gpu", "mfu", "imbalance")
+KEYS = ("loss", "grad_norm", "learning_rate", "tokens_per_second", "eval_loss", *STATS)
 
 Metrics = list[dict[str, float]]
 

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,9 @@ from ds_cp.models.same_row import SameRow, check_plan
 from ds_cp.offload import Offload
 from ds_cp.token_values import TokenValues
 from ds_cp.watch import Preemption, Watch
+
+if TYPE_CHECKING:
+    from ds_cp.meter import Meter
 
 IMPLEMENTATION = "ds_cp"  # must not hold "flash": transformers branches on that substring
 HANDLE = "ds_cp_handle"
@@ -71,6 +74,7 @@ class Handle:
     activation_offload: bool = False
     watch: Watch | None = None
     preemption: Preemption | None = None
+    meter: Meter | None = None
     token_values: TokenValues | None = None
     """What a call for the scores of tokens gives (`scored`), for whoever makes such calls."""
     _undo: list[Any] | None = None
@@ -186,6 +190,8 @@ class Handle:
         local, context = batches.prepare(given, self.mesh, self.methods, device, census, keep)
         if census is not None:
             check_plan(context, device)
+        if self.meter is not None and self.watch is not None:
+            self.meter.forward(context, self.watch.step(), module.training)
         rest |= self._vision.end(encoded, ids, context)
         self._counted.begin(local["position_ids"], given.get("position_ids"))
         self._head.begin(asked, local, context)

@@ -54,6 +54,20 @@ BETWEEN = (
     Link("ethernet-25g", 2.6, 100.0, shared=True),
 )
 
+PEAKS = (
+    *(
+        ("H100 PCIe", 756e12),
+        ("H100 NVL", 835e12),
+        ("H200 NVL", 835e12),
+        ("H100", 989e12),
+        ("H200", 989e12),
+        ("H800", 989e12),
+        ("GH200", 989e12),
+    ),
+    *(("A100", 312e12), ("A800", 312e12), ("B200", 2250e12), ("L40S", 362e12), ("RTX 4090", 165e12)),
+)
+"""Dense bf16 FLOP/s of data sheets, by what a device's name holds; the first that fits counts."""
+
 HOST_GB_PER_S = 50.0
 """Between a GPU and pinned host memory (assumed: PCIe 5 x16)."""
 HOST_ADAM = 100e9
@@ -81,6 +95,11 @@ class Machine:
     def memory(self) -> float:
         """Bytes of a GPU that a training step may have."""
         return (self.gpu.memory_gib - RESERVE_GIB) * GIB
+
+
+def peak(device: str) -> float | None:
+    """bf16 FLOP/s of a device by the name that it reports; None for one that is not known."""
+    return next((flops for name, flops in PEAKS if name in device and "GB200" not in device), None)
 
 
 def build(gpus: int, per_host: int, gpu: str, memory_gib: float, inside: str, between: str, host_memory_gib: float) -> Machine:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -43,7 +44,7 @@ def of(model: PreTrainedModel, name: str) -> Shape:
     tied = head is None or head.weight is embedding.weight
     own = 0 if tied else head.weight.numel()
     total = sum(p.numel() for p in model.parameters())
-    mlps, mixers = _matrices(model, {id(embedding.weight), *([id(head.weight)] if head is not None else [])})
+    mlps, mixers = matrices(model, {id(embedding.weight), *([id(head.weight)] if head is not None else [])})
     shapes, norms = checks.linear_shapes(model), mlp.norms(model)
     return Shape(
         name=name,
@@ -111,8 +112,17 @@ def _routed(model: PreTrainedModel) -> int:
     return next((getattr(config, key) for key in EXPERTS if getattr(config, key, None)), 1)
 
 
-def _matrices(model: PreTrainedModel, outside: set[int]) -> tuple[int, int]:
-    """Parameters of the language model's layers that multiply each token, of MLPs and of what mixes tokens."""
+def size(parameter: torch.Tensor) -> int:
+    """Elements, also of one that ZeRO-3 has partitioned."""
+    return getattr(parameter, "ds_shape", parameter.shape).numel()
+
+
+def matrices(model: PreTrainedModel, outside: set[int], count: Callable[[torch.Tensor], int] = size) -> tuple[int, int]:
+    """Parameters of the language model's layers that multiply each token, of MLPs and of what mixes tokens.
+
+    Args:
+        outside: ids of parameters that are left out. count: of a parameter, what is summed.
+    """
     towers = checks.other_modules(model)
     share = _routed(model) / _experts(model) if _experts(model) > 1 else 1.0
     found = [0.0, 0.0]
@@ -120,11 +130,12 @@ def _matrices(model: PreTrainedModel, outside: set[int]) -> tuple[int, int]:
         if id(module) in towers:
             continue
         for leaf, parameter in module.named_parameters(recurse=False):
-            if parameter.ndim < 2 or id(parameter) in outside or isinstance(module, nn.Conv1d):
+            shape = getattr(parameter, "ds_shape", parameter.shape)
+            if len(shape) < 2 or id(parameter) in outside or isinstance(module, nn.Conv1d | nn.Embedding):
                 continue
             parts = [*path.split("."), leaf]
             routed = "experts" in parts
-            found[not any(part in MLPS for part in parts)] += parameter.numel() * (share if routed else 1.0)
+            found[not any(part in MLPS for part in parts)] += count(parameter) * (share if routed else 1.0)
     return round(found[0]), round(found[1])
 
 

@@ -85,6 +85,7 @@ IMPORTS = _table(
         "planner.read": "planner checking models",
         "engine": "config topology layout comm factor preflight tiles mesh kernels.attention kernels.delta kernels.choice "
         "kernels.probe batch attention delta loss loader models",
+        "meter": "balance batch comm mesh models planner planner.read",
         "trainer": "engine",
         "trl_trainers": "engine config mesh models",
         "selftest": "engine kernels.attention tiles batch models",
@@ -117,10 +118,10 @@ BEYOND = _table(
         "models": "balance watch late comm mesh topology kernels.delta kernels.attention tiled_head token_values tiled_module "
         "offload router_loss convolution indexed layout mamba1 mamba2 lightning kda",
         # the public function; who is there; the process group; what ranks must have alike; chunks, which no kernel is asked about
-        "engine": "balance token_values watch launch agreement",
+        "engine": "balance token_values watch launch agreement meter",
         "launch": "config agreement",  # a config that one rank cannot read, or reads otherwise, ends all of them
         # reads the block, counts targets and verifies the factor as engine does; stopping and saving
-        "trainer": "batch comm config factor mesh deal reliable agreement preflight trl_trainers",
+        "trainer": "batch comm config factor mesh deal reliable agreement preflight trl_trainers meter",
         "trl_trainers": "token_values",  # what TRL reads of a model
         "planner": "balance",  # the busiest rank's pairs of packed rows
         # names of layouts; what `check` resolves; what `selftest` runs; a model's counts
@@ -131,7 +132,7 @@ BEYOND = _table(
 
 OUTSIDE = _table(
     {
-        "transformers": "models checking planner.read prove engine trainer trl_trainers selftest reliable",
+        "transformers": "models checking planner.read prove engine meter trainer trl_trainers selftest reliable",
         "deepspeed": "mesh loss engine trainer factor selftest launch prove",
         "flash_attn": "kernels.attention kernels.flash4_hopper",
         "cutlass": "kernels.flash4_hopper",
