@@ -52,13 +52,23 @@ class Census:
     def __init__(self) -> None:
         self.calls: Counter[int] = Counter()
 
-    def check(self, expected: dict[str, nn.Module]) -> None:
+    def check(self, expected: dict[str, nn.Module], times: Counter[int] | None) -> None:
+        """
+        Args:
+            expected: by name. times: how often each runs, by id; None where a type that no family lists may run it several times.
+        """
         missing = [name for name, module in expected.items() if not self.calls[id(module)]]
         if missing or len(self.calls) != len(expected):
             raise ValueError(
                 f"model: of {len(expected)} layers that mix tokens {len(expected) - len(missing)} ran under ds_cp; "
                 f"{', '.join(missing[:3])} did not run, so training would be wrong"
             )
+        for name, module in expected.items() if times is not None else ():
+            if self.calls[id(module)] != times[id(module)]:
+                raise ValueError(
+                    f"model: {name} ran {self.calls[id(module)]} times under ds_cp in one pass, and {times[id(module)]} is how "
+                    "often its model type runs it; more or fewer was never compared with one process, so training could be wrong"
+                )
 
 
 @dataclass
@@ -226,6 +236,12 @@ class Handle:
         embedding = model.get_input_embeddings().weight
         self._offload.begin((1, tokens, model.config.get_text_config().hidden_size), embedding.dtype, embedding.device)
 
+    def _times(self, module: nn.Module) -> Counter[int] | None:
+        """As often as a layer is somebody's child: Zamba's attention is that of several layers."""
+        if family_of(self.model.config) is None:
+            return None
+        return Counter(id(child) for _, child in module.named_modules(remove_duplicate=False))
+
     def _end_offload(self, *_: Any) -> None:
         if self._offload is not None:
             self._offload.end()
@@ -233,7 +249,7 @@ class Handle:
     def _after_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         context: SequenceContext = kwargs["cp"]
         if context.census is not None:
-            context.census.check(token_mixers(module))
+            context.census.check(token_mixers(module), self._times(module))
             self._checked = True
         if self._targets is not None:
             loss = self._loss_function(

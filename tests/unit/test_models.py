@@ -276,6 +276,16 @@ def test_a_layer_that_never_calls_the_interface_is_stopped_by_the_census() -> No
         model(input_ids=torch.arange(3, 40).unsqueeze(0))
 
 
+def test_a_listed_type_whose_layer_runs_twice_is_stopped_by_the_census() -> None:
+    model = selftest.tiny_model("llama")
+    attached(model)
+    layer = model.model.layers[1].self_attn
+    inner = layer.forward
+    layer.forward = lambda *args, **kwargs: (inner(*args, **kwargs), inner(*args, **kwargs))[1]
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.self_attn ran 2 times under ds_cp in one pass, and 1 is"):
+        model(input_ids=torch.arange(3, 40).unsqueeze(0))
+
+
 @pytest.mark.parametrize(
     ("keyword", "value", "reason"),
     [
