@@ -79,11 +79,13 @@ class Case:
     """Timed steps after the one to warm up; 0 takes one step and returns its gradient."""
     vocabulary: int = 0
     """0: that of the shape."""
+    kv_heads: int = 0
+    """0: those of the shape."""
 
     @property
     def shape(self) -> dict[str, int]:
-        shape = LARGE if self.steps else SMALL
-        return shape | ({"vocab_size": self.vocabulary} if self.vocabulary else {})
+        own = {"vocab_size": self.vocabulary, "num_key_value_heads": self.kv_heads}
+        return (LARGE if self.steps else SMALL) | {key: value for key, value in own.items() if value}
 
     @property
     def zero(self) -> str:
@@ -171,7 +173,7 @@ def build_alst(model: torch.nn.Module, optimizer: torch.optim.Optimizer, case: C
     return step
 
 
-def build_ours(model: torch.nn.Module, optimizer: torch.optim.Optimizer, case: Case, **sizes: int) -> Step:
+def build_ours(model: torch.nn.Module, optimizer: torch.optim.Optimizer, case: Case, **sizes: Any) -> Step:
     import ds_cp
 
     config = deepspeed_config(case) | {"sequence_parallel": {"size": torch.distributed.get_world_size(), **sizes}}

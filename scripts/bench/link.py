@@ -1,12 +1,13 @@
 """One training step over two hosts whose link is shaped: where the all-to-all and the ring cross it.
 
-    sudo scripts/bench/link.py --rates none 1gbit 100mbit --json link.json     # 8 minutes
+    sudo scripts/bench/link.py --rates none 1gbit 100mbit --json link.json     # 10 minutes
+    sudo scripts/bench/link.py --rates 100mbit --kv-heads 2 --contenders ALST "ulysses 4" "ulysses 2 x ring 2, kept"
 
 Two hosts of two gloo ranks each, made by scripts/hosts on this machine (root), one row over all four ranks,
 the model and the steps of scripts/bench/alst.py: ALST, ds_cp with Ulysses over all ranks, with Ulysses inside a host and the ring
-across, and with a ring alone. Every contender starts afresh; seconds are those of the slower rank, the median after one step to
-warm up; "sent" is what the host that sends most put on its link in a step, everything included (ZeRO 3's too), as its interface
-counts it. A rate is tc's (tbf), none leaves the link as it is.
+across (with `ring_keep` too), and with a ring alone. Every contender starts afresh; seconds are those of the slower rank, the median
+after one step to warm up; "sent" is what the host that sends most put on its link in a step, everything included (ZeRO 3's too), as
+its interface counts it. A rate is tc's (tbf), none leaves the link as it is.
 """
 
 from __future__ import annotations
@@ -30,10 +31,11 @@ TOOL = Path(__file__).resolve().parents[1] / "hosts"
 NAME = f"link{os.getpid()}"
 HOSTS, SLOTS = 2, 2
 SENT = Path("/sys/class/net/eth0/statistics/tx_bytes")
-CONTENDERS: dict[str, dict[str, int]] = {
+CONTENDERS: dict[str, dict[str, Any]] = {
     alst.ALST: {},
     "ulysses 4": {"ulysses_size": 4, "ring_size": 1},
     "ulysses 2 x ring 2": {"ulysses_size": 2, "ring_size": 2},
+    "ulysses 2 x ring 2, kept": {"ulysses_size": 2, "ring_size": 2, "ring_keep": True},
     "ring 4": {"ulysses_size": 1, "ring_size": 4},
 }
 
@@ -91,6 +93,7 @@ def measure(rate: str, contender: str, case: alst.Case) -> dict[str, Any]:
     return {
         "rate": rate,
         "contender": contender,
+        "kv_heads": case.shape["num_key_value_heads"],
         "seconds": statistics.median(seconds),
         "sent_mb": statistics.median(sent) / 1e6,
         "all_seconds": seconds,
@@ -102,16 +105,18 @@ def main() -> None:
     parser.add_argument("--rates", nargs="+", default=["none", "1gbit", "100mbit"])
     parser.add_argument("--length", type=int, default=8192)
     parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--kv-heads", type=int, default=4, help="of 8 query heads (4)")
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     about, rows = alst.machine(), []
-    case = alst.Case("speed", documents=(args.length,), steps=args.steps)
+    case = alst.Case("speed", documents=(args.length,), steps=args.steps, kv_heads=args.kv_heads)
     subprocess.run([sys.executable, "-c", alst.PREBUILD], env=alst.environment(), check=True, timeout=900, stdout=sys.stderr)
     tool("up", "--hosts", str(HOSTS), "--slots", str(SLOTS))
     try:
         for rate in args.rates:
             tool("shape", "--rate", rate)
-            for contender in CONTENDERS:
+            for contender in args.contenders:
                 row = measure(rate, contender, case)
                 rows.append(row)
                 print(f"{rate:>8}  {contender:<20} {row['seconds']:7.2f} s  {row['sent_mb']:7.1f} MB", flush=True)
