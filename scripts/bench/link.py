@@ -5,9 +5,9 @@
 
 Two hosts of two gloo ranks each, made by scripts/hosts on this machine (root), one row over all four ranks,
 the model and the steps of scripts/bench/alst.py: ALST, ds_cp with Ulysses over all ranks, with Ulysses inside a host and the ring
-across (with `ring_keep` too), and with a ring alone. Every contender starts afresh; seconds are those of the slower rank, the median
-after one step to warm up; "sent" is what the host that sends most put on its link in a step, everything included (ZeRO 3's too), as
-its interface counts it. A rate is tc's (tbf), none leaves the link as it is.
+across (with `ring_keep` too), and with a ring alone. Every contender starts afresh; seconds are those of the slower rank, the
+median after one step to warm up; "sent" is what the host that sends most put on its link in a step, everything included (ZeRO
+3's too), as its interface counts it. A rate is tc's (tbf), none leaves the link as it is.
 """
 
 from __future__ import annotations
