@@ -114,7 +114,10 @@ class TestRuns:
             lines = metrics(output)
             losses = [line for line in lines if "loss" in line]
             assert [line["step"] for line in losses] == list(range(first, STEPS + 1))
-            assert all(line.keys() == {"step", *train_plot.KEYS} - {"eval_loss"} for line in losses)
+            always, reached = {"step", *train_plot.KEYS} - {"eval_loss", *train_plot.STATS}, {*train_plot.STATS} - {"mfu"}
+            assert all(line.keys() - reached == always for line in losses), "and no mfu on CPU"
+            sharded = [line.keys() >= reached for line in losses[1:]]
+            assert not any(sharded) if output == runs.one else all(sharded)
             assert all(line["tokens_per_second"] > 0 for line in losses)
             assert [line["step"] for line in lines if "eval_loss" in line] == [s for s in (SAVED, STEPS) if s >= first]
 
