@@ -32,6 +32,8 @@ STEPS = 20
 TOLERANCE = 1e-4
 CLOCKS = ("runtime", "per_second", "step_time", "total_flos")
 """Parts of the names of logged values that are not compared; what of a run takes how long."""
+NO_MARGIN = 1e-6
+"""Before the first update policy and reference are the same, and which of two rewards that are 0 is larger is their rounding's."""
 RARE = ("grad_norm",)
 """Logged by one side only: DeepSpeed knows no norm at ZeRO 0."""
 
@@ -282,6 +284,8 @@ def assert_same(got: list[dict[str, Any]], wanted: list[dict[str, Any]]) -> None
     assert len([entry for entry in wanted if "loss" in entry]) == STEPS
     for ours, theirs in zip(got, wanted, strict=True):
         ours, theirs = compared(ours), compared(theirs)
+        if abs(theirs.get("rewards/margins", 1.0)) + abs(ours.get("rewards/margins", 1.0)) < NO_MARGIN:
+            del ours["rewards/accuracies"], theirs["rewards/accuracies"]
         for key in RARE:
             if key not in ours:
                 theirs.pop(key, None)
