@@ -119,3 +119,51 @@ def test_python_compiles_and_names_of_the_package_exist(page: Path) -> None:
 @pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda path: path.name)
 def test_shipped_configs_are_legal(path: Path) -> None:
     config.parse(json.loads(path.read_text(encoding="utf-8")))
+
+
+def test_figures_of_numerics_are_those_of_the_data() -> None:
+    text = (ROOT / "docs" / "numerics.md").read_text(encoding="utf-8")
+    rows = re.findall(r"\((data/parity\w*\.json)\), (\d+) cases\).*\| 1e-5 \| (\S+) \|$", text, re.MULTILINE)
+    assert len(rows) == 5
+    for path, cases, worst in rows:
+        found = json.loads((ROOT / "docs" / path).read_text(encoding="utf-8"))["rows"]
+        assert (int(cases), worst) == (len(found), f"{max(row['gradient'] for row in found):.1e}"), path
+        assert max(row["loss"] for row in found) < 3e-7, path
+
+
+def literals() -> list[str]:
+    """Every string of the package but docstrings, with ... where it fills in a value."""
+    found = []
+    for path in sorted((ROOT / "ds_cp").rglob("*.py")):
+        nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+        docstrings = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+        for node in nodes:
+            if id(node) in docstrings:
+                continue
+            if isinstance(node, ast.JoinedStr):
+                found.append("".join(str(part.value) if isinstance(part, ast.Constant) else "..." for part in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return found
+
+
+def messages(page: str) -> list[str]:
+    """Lines of text blocks, and code with a blank in the first column of tables."""
+    path = ROOT / "docs" / page
+    lines = [line for block in blocks(path, "text") for line in block.splitlines()]
+    cells = re.findall(r"^\| ([^|]*) \|", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return lines + [code for cell in cells for code in re.findall(r"`([^`]+)`", cell) if " " in code]
+
+
+def said(message: str, sources: list[str]) -> bool:
+    parts = [re.escape(part.strip()) for part in message.split("...")]
+    pattern = re.compile(".*".join(parts), re.DOTALL)
+    return max(map(len, parts)) >= 10 and any(pattern.search(source) for source in sources)
+
+
+@pytest.mark.parametrize(("page", "least"), [("troubleshooting.md", 25), ("numerics.md", 1)])
+def test_messages_that_a_page_quotes_are_said_by_the_code(page: str, least: int) -> None:
+    found, sources = messages(page), literals()
+    assert len(found) >= least
+    assert [message for message in found if not said(message, sources)] == []
+    assert not said("torch extension: ... was left by a process that fell asleep", sources)
