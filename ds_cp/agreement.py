@@ -118,6 +118,7 @@ def of_model(model: nn.Module) -> dict[str, str]:
     """Class, config and parameters; not the weights, which DeepSpeed takes from rank 0."""
     shapes = [(name, tuple(getattr(p, "ds_shape", p.shape)), str(p.dtype)) for name, p in model.named_parameters()]
     parameters = f"{len(shapes)} (names and shapes {digest(map(str, shapes))})"
-    config = model.config.to_dict() if hasattr(model, "config") else {}
+    settings: Any = getattr(model, "config", None)
+    config = {} if settings is None else settings.to_dict()
     config = {key: value for key, value in config.items() if not key.startswith("_") and key != "transformers_version"}
     return {"model": type(model).__name__, "model.parameters": parameters, **of_config(config, "model.config")}

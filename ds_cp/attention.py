@@ -88,9 +88,9 @@ def _attend_elsewhere(qkv: tuple[Tensor, Tensor, Tensor], route: Route, context:
     split = split_heads(ranks, q_TNH.shape[1], k_TMH.shape[1])
     by_group = [reshard.by_receiver(x, ranks // split.sharing, split.sharing).flatten(0, 1) for x in qkv]
     widths = [heads * size for heads in (split.query, split.kv, split.kv)]
-    q, k, v = (x.unflatten(1, (-1, size)) for x in reshard.to_heads(by_group, widths, route, seq.group))
+    q, k, v = (x.unflatten(1, (-1, size)) for x in reshard.to_heads(by_group, widths, route, seq))
     out_SC = RingAttention.apply(q, k, v, *rest).flatten(1)
-    parts_UTC = reshard.to_tokens(out_SC, ranks, route, seq.group)
+    parts_UTC = reshard.to_tokens(out_SC, ranks, route, seq)
     return parts_UTC.transpose(0, 1).reshape(1, len(q_TNH), -1, size)
 
 

@@ -141,7 +141,9 @@ def _plans(
     longest = max(end - start for start, end in pairwise(documents))
     full = tiles.plan_gathered if gathered else tiles.plan
     found: dict[Window, tiles.Plan] = {None: _on_device(full(layout, mesh.ring.rank, documents), device)}
-    for window in set(methods.windows) - {None}:
+    for window in set(methods.windows):
+        if window is None:
+            continue
         if (window.size if isinstance(window, Chunks) else window) >= longest:
             found[window] = found[None]
         elif isinstance(window, Chunks):
@@ -156,6 +158,7 @@ def _on_device(plan: tiles.Plan, device: torch.device) -> tiles.Plan:
     if device.type == "cpu":
         return plan
     (own,), *rest = plan.steps
+    assert own.documents is not None, "the own tokens are documents"
     own = replace(own, cu_seqlens=bounds_on(device, own.documents, torch.int32))
     return replace(plan, steps=((own,), *rest))
 

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from ds_cp import config, layout, preflight, topology
-from ds_cp.balance import Chunks
+from ds_cp.balance import Chunks, Window
 from ds_cp.models import checks, mlp, trial
 
 Heads = list[tuple[int, int]]
@@ -105,9 +105,13 @@ def _chunks(block: config.Config, degrees: topology.Topology, heads: Heads, pass
 
 
 def _windows(model: PreTrainedModel) -> str:
-    found = dict.fromkeys(checks.windows(model))
-    said = {None: "full attention", **{window: f"chunks of {window.size} tokens" for window in found if isinstance(window, Chunks)}}
-    return ", ".join(said.get(window, f"{window} tokens") for window in found)
+    return ", ".join(map(_window, dict.fromkeys(checks.windows(model))))
+
+
+def _window(window: Window) -> str:
+    if window is None:
+        return "full attention"
+    return f"chunks of {window.size} tokens" if isinstance(window, Chunks) else f"{window} tokens"
 
 
 def _batch(ds_config: Mapping[str, Any], degrees: topology.Topology) -> dict[str, str]:
@@ -121,7 +125,7 @@ def _batch(ds_config: Mapping[str, Any], degrees: topology.Topology) -> dict[str
     given = {name: value for name, value in zip(names, (total, micro, steps), strict=True) if value is not None}
     if any(not isinstance(value, int) or isinstance(value, bool) for value in given.values()) or not (total or micro):
         return {}
-    rows = (micro or total // ((steps or 1) * degrees.data)) * degrees.data
+    rows = (micro or (total or 0) // ((steps or 1) * degrees.data)) * degrees.data
     steps = steps or (total // rows if total and rows else 1)
     if total not in (None, rows * steps) or not rows:
         numbers = ", ".join(f"{name}: {value}" for name, value in given.items())

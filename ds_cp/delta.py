@@ -78,7 +78,7 @@ def to_own_heads(
     shared = [reshard.by_receiver(x, axis.size // split.sharing, split.sharing).flatten(0, 1) for x in keys]
     own = [reshard.by_receiver(x, axis.size, 1).flatten(0, 1) for x in (values_TVG, torch.stack(tuple(logits), dim=-1))]
     channels = split.kv * sum(x.shape[2] for x in keys) + split.query * values_TVG.shape[2]
-    x_SC, parts = reshard.to_heads([*shared, *own], (channels, len(logits) * split.query), route, axis.group)
+    x_SC, parts = reshard.to_heads([*shared, *own], (channels, len(logits) * split.query), route, axis)
     return x_SC, *parts.unflatten(1, (-1, len(logits))).unbind(-1)
 
 
@@ -86,7 +86,7 @@ def to_local_tokens(out_SvG: Tensor, axis: AxisGroup, route: Route | None) -> Te
     """The inverse for what the heads gave: [S, v, G] of this rank's heads to [T, V, G]."""
     if route is None:
         return out_SvG
-    parts = reshard.to_tokens(out_SvG.flatten(1), axis.size, route, axis.group)
+    parts = reshard.to_tokens(out_SvG.flatten(1), axis.size, route, axis)
     return parts.unflatten(2, out_SvG.shape[1:]).transpose(0, 1).flatten(1, 2)
 
 
@@ -95,19 +95,21 @@ def _rule(
 ) -> Tensor:
     """This rank's heads: [S, v, G]."""
     kernel, span = context.methods.delta, context.held.span
+    assert kernel is not None
+    assert span is not None
     first, last = axis.rank * split.query, (axis.rank + 1) * split.query
     key_first = axis.rank * split.kv // split.sharing
     keys, values = split.kv * size, qkv_SC.shape[1] - 2 * split.kv * size
     ranges = _channels(layer.conv_CW.shape[0], axis, split, key_first * size, keys, values)
     bias = None if layer.conv_bias_C is None else _rows(layer.conv_bias_C, ranges)
     qkv_SC = kernel.convolve(qkv_SC, _rows(layer.conv_CW, ranges), bias, layer.activation, span)
-    q, k, v = qkv_SC.split((keys, keys, values), dim=1)
+    q_Sc, k_Sc, v_Sc = qkv_SC.split((keys, keys, values), dim=1)
     work = torch.promote_types(a_Sv.dtype, torch.float32)
     decay = functional.softplus(a_Sv.to(work) + layer.dt_bias_V[first:last])
     g = -layer.a_log_V[first:last].to(work).exp() * decay
     beta = b_Sv.sigmoid() * layer.beta_scale
-    heads = (split.kv, split.kv, split.query)
-    return kernel.delta_rule(*(x.unflatten(1, (n, -1)) for x, n in zip((q, k, v), heads, strict=True)), g, beta, span)
+    q, k = (x.unflatten(1, (split.kv, -1)) for x in (q_Sc, k_Sc))
+    return kernel.delta_rule(q, k, v_Sc.unflatten(1, (split.query, -1)), g, beta, span)
 
 
 def _channels(

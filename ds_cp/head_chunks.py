@@ -56,7 +56,7 @@ class AttentionByHeads(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout_TNH: Tensor) -> tuple[Tensor | None, ...]:
         q_TNH, k, v, sink_n, out_TNH, *saved = ctx.saved_tensors
-        context, split = ctx.rest[0], ctx.split
+        (context, plan, score), split = ctx.rest, ctx.split
         parts = list(groups(split, context.methods.head_chunks))
         lses, kept = saved[: len(parts)], saved[len(parts) :]
         dtype = k.dtype if len({group.kv.start for group in parts}) == len(parts) else lses[0].dtype
@@ -67,11 +67,11 @@ class AttentionByHeads(torch.autograd.Function):
             q, out, dout = _to_heads([q_TNH, out_TNH, dout_TNH], group, context)
             kv = k[:, group.kv], v[:, group.kv]
             given = dout, q, *kv, _of(sink_n, group), out, lse
-            dq, dk_part, dv_part, dsink = ring.pull(*given, *ctx.rest, kept=blocks)
+            dq, dk_part, dv_part, dsink = ring.pull(*given, context, plan, score, blocks)
             dk[:, group.kv] += dk_part
             dv[:, group.kv] += dv_part
             _to_tokens(dq, dq_TNH, group, context)
-            dsinks.append(dsink)
+            dsinks += [] if dsink is None else [dsink]
         dk_TMH, dv_TMH = _key_value_tokens(dk.to(k.dtype), dv.to(v.dtype), split, context)
         return dq_TNH, dk_TMH, dv_TMH, None if sink_n is None else torch.cat(dsinks), None, None, None
 

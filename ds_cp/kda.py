@@ -36,8 +36,8 @@ def mix(q_TVH: Tensor, k_TVH: Tensor, v_TVH: Tensor, g_TVH: Tensor, b_TV: Tensor
             [reshard.by_receiver(x, axis.size, 1).flatten(0, 1) for x in part]
             for part in ((q_TVH, k_TVH, v_TVH, b_TV.unsqueeze(-1)), (g_TVH,))
         )
-        *qkv, b = reshard.to_heads(qkvb, (*(heads * size,) * 3, heads), held.to_delta, axis.group)
-        (g,) = reshard.to_heads(gs, (heads * size,), held.to_delta, axis.group)
+        *qkv, b = reshard.to_heads(qkvb, (*(heads * size,) * 3, heads), held.to_delta, axis)
+        (g,) = reshard.to_heads(gs, (heads * size,), held.to_delta, axis)
         q, k, v, g = (x.unflatten(1, (heads, size)) for x in (*qkv, g))
     beta = b.to(g.dtype).sigmoid()
     return to_local_tokens(kda.delta_rule(q, k, v, g, beta, held.span), axis, held.to_delta)

@@ -37,7 +37,7 @@ def mix(q_TVX: Tensor, k_TVX: Tensor, v_TVX: Tensor, slope_V: Tensor, context: S
     else:
         parts = [reshard.by_receiver(x, axis.size, 1).flatten(0, 1) for x in (q_TVX, k_TVX, v_TVX)]
         widths = (heads * v_TVX.shape[2],) * 3
-        q, k, v = (x.unflatten(1, (heads, -1)) for x in reshard.to_heads(parts, widths, held.to_delta, axis.group))
+        q, k, v = (x.unflatten(1, (heads, -1)) for x in reshard.to_heads(parts, widths, held.to_delta, axis))
     own = slope_V[axis.rank * heads : (axis.rank + 1) * heads].to(torch.promote_types(v.dtype, torch.float32))
     steps = own.new_ones(v.shape[0], heads)
     out = ssd.scan(v, steps, -own, k, q, torch.zeros_like(own), held.span)

@@ -113,6 +113,7 @@ class CausalLMLoss:
         if reduction == "sum":
             return one * topology.world * self.divisor(), one
         if reduction == "mean":
+            assert cp.targets is not None, "a loss has labels"
             inverse = _inverse(cp.targets.to(device))
             return inverse * topology.size, inverse
         inverse = _inverse(torch.as_tensor(items, dtype=torch.float64, device=device))

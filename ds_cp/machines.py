@@ -42,6 +42,7 @@ def _all_to_all(x: Tensor, axis: AxisGroup) -> None:
 def _hop(x: Tensor, axis: AxisGroup) -> None:
     after, before = (axis.rank + 1) % axis.size, (axis.rank - 1) % axis.size
     received = torch.empty_like(x)
+    assert axis.group is not None
     comm.Hop([(x, after)], [(received, before)], axis.group, axis.ranks, axis.rank, "selftest").wait()
 
 

@@ -77,6 +77,7 @@ class Offload:
         order, index = kept
         self._fetch(order[index])
         x, arrived, order[index].back = order[index].back, order[index].arrived, None
+        assert x is not None, "it was asked for twice"
         if arrived is not None:
             torch.cuda.current_stream(x.device).wait_event(arrived)
         if index:

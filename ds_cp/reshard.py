@@ -13,14 +13,16 @@ Shapes: G head groups, T held tokens, S tokens worked on, C channels of a messag
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ds_cp import comm
 from ds_cp.layout import Range, Route
+
+if TYPE_CHECKING:
+    from ds_cp.mesh import AxisGroup
 
 
 def by_receiver(x_TNH: Tensor, groups: int, sharing: int) -> Tensor:
@@ -31,52 +33,56 @@ def by_receiver(x_TNH: Tensor, groups: int, sharing: int) -> Tensor:
     return each.expand(-1, sharing, -1, -1, -1)  # whose backward sums the replicas
 
 
-def to_heads(sources: Sequence[Tensor], widths: Sequence[int], route: Route, group: dist.ProcessGroup) -> tuple[Tensor, ...]:
+def to_heads(sources: Sequence[Tensor], widths: Sequence[int], route: Route, axis: AxisGroup) -> tuple[Tensor, ...]:
     """The tokens worked on, with this rank's heads.
 
-    Shards over `group`: `sources` [G, T, ...] hold this rank's tokens, of any strides and one dtype; what stands in a row of the
-    result is the sources' channels of its token, one source after the other. Every rank of the group must call it.
+    Shards over `axis`: `sources` [G, T, ...] hold this rank's tokens, of any strides and one dtype; what stands in a row of the
+    result is the sources' channels of its token, one source after the other. Every rank of the axis must call it.
     Forward: `y_j[route of token t] = x_i[j mod G, t]`.  Backward: `dx_i[j mod G, t] = g_j[route of token t]`, which is `to_tokens`.
 
     Returns:
         One contiguous [S, width] for each of `widths`.
     """
-    return _ToHeads.apply(tuple(widths), route, group, *sources)
+    return _ToHeads.apply(tuple(widths), route, axis, *sources)
 
 
-def to_tokens(x_SC: Tensor, groups: int, route: Route, group: dist.ProcessGroup) -> Tensor:
+def to_tokens(x_SC: Tensor, groups: int, route: Route, axis: AxisGroup) -> Tensor:
     """The inverse of `to_heads` for one tensor: [S, C] of this rank's heads to [G, T, C], the held tokens with all heads."""
-    return _ToTokens.apply(groups, route, group, x_SC)
+    return _ToTokens.apply(groups, route, axis, x_SC)
 
 
 class _ToHeads(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, widths: tuple[int, ...], route: Route, group: dist.ProcessGroup, *sources: Tensor) -> tuple[Tensor, ...]:
-        ctx.route, ctx.group, ctx.shapes = route, group, [x.shape for x in sources]
-        sent, received = route.counts
-        return _unpack_worked(comm.exchange(_pack_held(sources, route), sent, received, group), widths, route)
+    def forward(ctx, widths: tuple[int, ...], route: Route, axis: AxisGroup, *sources: Tensor) -> tuple[Tensor, ...]:
+        ctx.route, ctx.axis, ctx.shapes = route, axis, [x.shape for x in sources]
+        return _unpack_worked(_exchange(_pack_held(sources, route), *route.counts, axis), widths, route)
 
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple[Any, ...]:
         sent, received = ctx.route.counts
-        message = comm.exchange(_pack_worked(grads, ctx.route), received, sent, ctx.group)
+        message = _exchange(_pack_worked(grads, ctx.route), received, sent, ctx.axis)
         return None, None, None, *_unpack_held(message, ctx.shapes, ctx.route)
 
 
 class _ToTokens(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, groups: int, route: Route, group: dist.ProcessGroup, x_SC: Tensor) -> Tensor:
-        ctx.route, ctx.group = route, group
+    def forward(ctx, groups: int, route: Route, axis: AxisGroup, x_SC: Tensor) -> Tensor:
+        ctx.route, ctx.axis = route, axis
         sent, received = route.counts
         shape = torch.Size((groups, max(end for spans in route.sent for _, end in spans), x_SC.shape[1]))
-        (held,) = _unpack_held(comm.exchange(_pack_worked((x_SC,), route), received, sent, group), [shape], route)
+        (held,) = _unpack_held(_exchange(_pack_worked((x_SC,), route), received, sent, axis), [shape], route)
         return held
 
     @staticmethod
     def backward(ctx, grad_GTC: Tensor) -> tuple[Any, ...]:
         sent, received = ctx.route.counts
-        message = comm.exchange(_pack_held((grad_GTC,), ctx.route), sent, received, ctx.group)
+        message = _exchange(_pack_held((grad_GTC,), ctx.route), sent, received, ctx.axis)
         return None, None, None, *_unpack_worked(message, (grad_GTC.shape[2],), ctx.route)
+
+
+def _exchange(message: Tensor, sent: list[int], received: list[int], axis: AxisGroup) -> Tensor:
+    assert axis.group is not None, "tokens stay where there is one rank"
+    return comm.exchange(message, sent, received, axis.group)
 
 
 def _pack_held(sources: Sequence[Tensor], route: Route) -> Tensor:

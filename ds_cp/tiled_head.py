@@ -180,8 +180,8 @@ class Tiles:
         weight, *_ = self.head.parameters
         if self.needs[0]:
             yield dz @ weight
-        if self.needs[1]:
-            yield _add_product_(self._sums[0], dz, self._x)
+        if (total := self._sums[0]) is not None:
+            yield _add_product_(total, dz, self._x)
         if self.needs[2:] == [True]:
             yield dz.sum(0, dtype=self.work)
 

@@ -26,7 +26,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from operator import attrgetter
+from operator import attrgetter, methodcaller
 from types import TracebackType
 from typing import Any
 
@@ -50,7 +50,7 @@ class Posted:
 
     def count(self) -> int:
         """Collectives since the start, hops left out."""
-        return sum(_asked_of(group, lambda group: group._get_sequence_number_for_group(), 0) for group in _groups())
+        return sum(_asked_of(group, methodcaller("_get_sequence_number_for_group"), 0) for group in _groups())
 
     def lost(self) -> str | None:
         """What NCCL has given up, if anything."""

@@ -24,10 +24,11 @@ MOST_RUNS = 9
 
 def shifts(starts: Sequence[int], block: int) -> tuple[tuple[int, int], ...]:
     """(first key, shift) of each run: its key n stands where key n + shift would stand if there were one run alone."""
-    runs, free = [], 0
-    for start, end in pairwise((*_taken(starts), None)):
-        runs.append((start, free - start))
-        free += 0 if end is None else _up(end - start, block)
+    taken, free = _taken(starts), 0
+    runs = [(taken[0], -taken[0])]
+    for start, end in pairwise(taken):
+        free += _up(end - start, block)
+        runs.append((end, free - end))
     return tuple(runs)
 
 
@@ -90,7 +91,9 @@ def plain(
 
         return plain_fused(sums_2MX, place_BH, elements, runs, keys, dk_scale, dtype, own)
     where = _where(place_BH, elements, runs, 0, keys)
-    both = torch.stack([sum(x[kind][:, where] for x in sums_2MX) for kind in (0, 1)])  # [2, M, S, H]
+    both = torch.stack([sums_2MX[0][kind][:, where] for kind in (0, 1)])  # [2, M, S, H]
+    for other_2MX in sums_2MX[1:]:
+        both += torch.stack([other_2MX[kind][:, where] for kind in (0, 1)])
     both[0] *= dk_scale
     both = both.transpose(1, 2)
     return (both if own is None else both + torch.stack(own)).to(dtype).contiguous()

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Protocol, cast
 
 from torch import Tensor
 
@@ -43,6 +45,14 @@ def flops(q_TNH: Tensor, tile: Tile) -> float:
     return 4.0 * tile.pairs * q_TNH.shape[1] * q_TNH.shape[2]
 
 
+class Flash(Kernel, Protocol):
+    """What `kernels.attention.flash_attn` offers beside."""
+
+    VERSION: int
+
+    def launched(self, tile: Tile) -> bool: ...
+
+
 class Auto:
     """A `Kernel` that hands each tile to one of two: `large` for what pays there, `plain` for the rest."""
 
@@ -50,7 +60,7 @@ class Auto:
 
     def __init__(self, large: Kernel, plain: Kernel, plans: bool) -> None:
         self.large, self.plain = large, plain
-        self.plans = plans  # `large` is cuDNN
+        self.flash = None if plans else cast(Flash, large)  # with plans `large` is cuDNN
         self.saved_seconds: dict[tuple, float] = {}  # by shape and direction: what a plan would have saved so far
 
     def unsupported(self, q_TNH: Tensor, k_SMH: Tensor, v_SMH: Tensor, tile: Tile, score: Score) -> str | None:
@@ -97,10 +107,10 @@ class Auto:
         if self.plain.unsupported(q, k, v, tile, score) is not None:
             return self.large
         work = flops(q, tile)
-        if self.plans:
+        if self.flash is None:
             pays = self._earned(q, k, tile, direction, work)
         else:
-            pays = work >= SMALL_FLOPS or (direction == 0 and self.large.launched(tile))
+            pays = work >= SMALL_FLOPS or (direction == 0 and self.flash.launched(tile))
         return self.large if pays else self.plain
 
     def _earned(self, q: Tensor, k: Tensor, tile: Tile, direction: int, work: float) -> bool:
@@ -133,10 +143,9 @@ def resolve(name: str, device: str, capability: int | None, softcap: bool = Fals
     if device != "cuda":
         return attention.load("reference" if softcap else "torch_cpu")
     plain = attention.load("torch_flash")
-    try:
-        flash = attention.load("flash_attn")
-    except ValueError:
-        flash = None
+    flash: Flash | None = None
+    with suppress(ValueError):
+        flash = cast(Flash, attention.load("flash_attn"))
     if flash is not None and flash.VERSION > 2:
         return Auto(flash, plain, plans=False)
     return Auto(attention.load("torch_cudnn"), plain, plans=True) if capability == 9 else plain
@@ -152,6 +161,7 @@ def describe(kernel: Kernel) -> str:
     """One phrase for the table that is printed at the start."""
     if isinstance(kernel, Auto):
         name = kernel.large.__name__.split(".")[-1]
-        rule = "for shapes that recur" if kernel.plans else f"{kernel.large.VERSION} for tiles above {SMALL_FLOPS:.0e} FLOPs"
+        large = kernel.flash and f"{kernel.flash.VERSION} for tiles above {SMALL_FLOPS:.0e} FLOPs"
+        rule = large or "for shapes that recur"
         return f"{name} {rule}, {kernel.plain.__name__.split('.')[-1]} for the rest"
     return kernel.__name__.split(".")[-1]

@@ -198,9 +198,8 @@ class Queries:
         self._q, self._dout = q_TNH.unsqueeze(0), dout_TNH.unsqueeze(0)
         tokens, heads, size = q_TNH.shape
         rows = _up(tokens, launcher.plan(size, causal).m_block_size)
-        fp32 = {"dtype": lse_TN.dtype, "device": q_TNH.device}
-        self._delta, self._lse_log2 = (torch.empty((1, heads, rows), **fp32) for _ in range(2))
-        self._dq_sum = torch.empty((1, heads, rows * _up(size, launcher.multiple(size))), **fp32)
+        self._delta, self._lse_log2 = (lse_TN.new_empty((1, heads, rows)) for _ in range(2))
+        self._dq_sum = lse_TN.new_empty((1, heads, rows * _up(size, launcher.multiple(size))))
         into = self._delta, self._lse_log2, self._dq_sum
         launcher.preprocess(out_TNH.unsqueeze(0), self._dout, lse_TN.transpose(0, 1).unsqueeze(0), into, causal)
 
@@ -268,15 +267,17 @@ class HopperSums(PlainSums):
             return
         first = blocked.first_block(tile.k_start, tile.k_end, starts, self._block) if into.ndim == 3 else None
         if first is not None:
-            dkv = into[:, :, first * self._elements : (first + -(-len(k) // self._block)) * self._elements]
-            self._queries[_kind(tile)].add(k, v, *dkv)
+            dk, dv = into[:, :, first * self._elements : (first + -(-len(k) // self._block)) * self._elements]
+            self._queries[_kind(tile)].add(k, v, dk, dv)
         else:
-            self._outside_add(into, tile, *self._alone(tile, k, v), starts)
+            dk, dv = self._alone(tile, k, v)
+            self._outside_add(into, tile, dk, dv, starts)
         if tile.causal:  # no other has its kind
             self.add_dq(tile.q_start, self._queries.pop(_kind(tile)).dq())
 
     def _outside_add(self, into: Tensor, tile: Tile, dk_SMH: Tensor, dv_SMH: Tensor, starts: Sequence[int]) -> None:
         if into.ndim == 3:
+            assert self._place is not None
             form = self._place, self._elements, starts
             blocked.add_(into, *form, tile.k_start, dk_SMH, dv_SMH, 1 / self._scale)
         else:
@@ -301,6 +302,7 @@ class HopperSums(PlainSums):
     def dkv(self, sums: Sequence[Tensor], keys: int, dtype: torch.dtype, starts: Sequence[int] = ONE_RUN) -> Tensor:
         if sums[0].ndim == 4:
             return super().dkv(sums, keys, dtype)
+        assert self._place is not None
         own, self._own = self._own, None
         return blocked.plain(sums, self._place, self._elements, starts, keys, self._scale, dtype, own)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,7 +54,7 @@ def wrong(kernel: Kernel, asked: Asked, dtype: torch.dtype, device: torch.device
         kernel: of "auto" each of the two. dtype: of q, k and v.
     """
     score = Score(asked.head_size**-0.5, asked.softcap)
-    for part in (kernel.large, kernel.plain) if hasattr(kernel, "large") else (kernel,):
+    for part in _parts(kernel):
         for tile in _tiles(asked):
             dout, q, k, v = _inputs(asked, tile, dtype, device)
             if part.unsupported(q, k, v, tile, score) is not None:
@@ -63,6 +64,10 @@ def wrong(kernel: Kernel, asked: Asked, dtype: torch.dtype, device: torch.device
                     found = f"{part.__name__.split('.')[-1]} computes {name} wrong on this machine, off by {error:.2g} of its size"
                     return f"{found} ({_what(asked, tile, dtype)})"
     return None
+
+
+def _parts(kernel: Any) -> tuple[Kernel, ...]:
+    return (kernel.large, kernel.plain) if hasattr(kernel, "large") else (kernel,)
 
 
 def refused(kernel: Kernel, asked: Asked, dtype: torch.dtype, device: torch.device) -> str | None:
@@ -89,9 +94,11 @@ def _tiles(asked: Asked) -> Iterator[Tile]:
         near = None if window is None else min(window, WINDOW)
         yield Tile(0, TOKENS, 0, TOKENS, (0, TOKENS), window=near)
         yield Tile(0, TOKENS, 0, TOKENS, (0, 1, 101, TOKENS), window=near)
-        if asked.rectangles and near is None:
+        if not asked.rectangles:
+            continue
+        if near is None:
             yield Tile(0, TOKENS, 0, TOKENS)
-        elif asked.rectangles and near > 1:  # the window before a run of queries, of which the later ones meet none of its keys
+        elif near > 1:  # the window before a run of queries, of which the later ones meet none of its keys
             yield Tile(0, near - 1, 0, near - 1, window=near, ahead=near - 1)
 
 
@@ -107,10 +114,10 @@ def _inputs(asked: Asked, tile: Tile, dtype: torch.dtype, device: torch.device) 
 
 def _errors(kernel: Kernel, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, tile: Tile, score: Score) -> dict[str, float]:
     """Of out, lse, dq, dk and dv, each relative to its size; backward gets the reference's out and lse."""
-    exact = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in (dout, q, k, v)]
-    out, lse = reference.forward(*exact[1:], tile, score)
+    dout_, q_, k_, v_ = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (dout, q, k, v))
+    out, lse = reference.forward(q_, k_, v_, tile, score)
     found_out, found_lse = kernel.forward(q, k, v, tile, score)
-    wanted = reference.backward(*exact, out, lse, tile, score)
+    wanted = reference.backward(dout_, q_, k_, v_, out, lse, tile, score)
     found = kernel.backward(dout, q, k, v, out.to(q.dtype), lse, tile, score)
     errors = {name: _error(x, y) for name, x, y in zip(("dq", "dk", "dv"), found, wanted, strict=True)}
     return errors | {"out": _error(found_out, out), "lse": _error(found_lse, lse)}

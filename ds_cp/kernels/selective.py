@@ -34,24 +34,23 @@ def scan(x_SV: Tensor, dt_SV: Tensor, a_VN: Tensor, b_SKN: Tensor, c_SKN: Tensor
         x_PLV, dt_PLV, b_PLKN, c_PLKN = (_chunks(x.to(work), length) for x in (x_SV, dt_SV, b_SKN, c_SKN))
         goes_on_PL = _chunks(_goes_on(span, x_SV.device, work), length)
         groups = b_SKN.shape[1]
-        y_PLV = _scan(*(x.unflatten(2, (groups, -1)) for x in (x_PLV, dt_PLV)), a_VN.to(work), b_PLKN, c_PLKN, goes_on_PL)
+        x_PLKR, dt_PLKR = (x.unflatten(2, (groups, -1)) for x in (x_PLV, dt_PLV))
+        y_PLV = _scan(x_PLKR, dt_PLKR, a_VN.to(work), b_PLKN, c_PLKN, goes_on_PL)
         return (y_PLV.flatten(0, 1)[: span.tokens] + d_V.to(work) * x_SV.to(work)).to(x_SV.dtype)
 
 
 def _scan(x_PLKR: Tensor, dt_PLKR: Tensor, a_VN: Tensor, b_PLKN: Tensor, c_PLKN: Tensor, goes_on_PL: Tensor) -> Tensor:
     """Groups of R channels. Inside each chunk from a state of 0, and what a state at its start adds: c . (kept h)."""
     a_KRN = a_VN.unflatten(0, x_PLKR.shape[2:])
-    state = kept = None
-    outs, keeps = [], []
+    outs: list[Tensor] = []
+    keeps: list[Tensor] = []
     for x, dt, b, on in zip(*(each.unbind(1) for each in (x_PLKR, dt_PLKR, b_PLKN, goes_on_PL)), strict=True):
         decay_PKRN = (dt.unsqueeze(-1) * a_KRN).exp() * on[:, None, None, None]
         added = (dt * x).unsqueeze(-1) * b.unsqueeze(2)
-        state = added if state is None else decay_PKRN * state + added
-        kept = decay_PKRN if kept is None else decay_PKRN * kept
-        outs.append(state)
-        keeps.append(kept)
-    before, handed = [], torch.zeros_like(state[0])
-    for last, share in zip(state.unbind(0), kept.unbind(0), strict=True):
+        outs.append(decay_PKRN * outs[-1] + added if outs else added)
+        keeps.append(decay_PKRN * keeps[-1] if keeps else decay_PKRN)
+    before, handed = [], torch.zeros_like(outs[-1][0])
+    for last, share in zip(outs[-1].unbind(0), keeps[-1].unbind(0), strict=True):
         before.append(handed)
         handed = share * handed + last
     state_PLKRN = torch.stack(outs, 1) + torch.stack(keeps, 1) * torch.stack(before).unsqueeze(1)

@@ -118,10 +118,12 @@ class PlainSums:
 
     def settle(self) -> None:
         """Adds up what waits."""
+        assert self._dq is not None, "the first tile covers every query"
         self._dq = total(self._dq, self._waiting, self.work)
         self._waiting = []
 
     def dq(self) -> Tensor:
+        assert self._dq is not None, "the first tile covers every query"
         return total(self._dq, self._waiting, self._q.dtype)
 
     def dkv(self, sums: Sequence[Tensor], keys: int, dtype: torch.dtype, starts: Sequence[int] = ONE_RUN) -> Tensor:

@@ -14,7 +14,7 @@ label i. Their loss is computed on what they return.
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -95,8 +95,9 @@ def with_temperature(module: nn.Module, query_1NTH: Tensor, positions_1T: Tensor
         raise ValueError(
             f"model: {type(module).__name__} was not given the position_ids that its attention's temperature is made of"
         )
-    steps = torch.floor((positions_1T.float() + 1.0) / module.floor_scale)
-    scale_1T = torch.log1p(steps) * module.attn_scale + 1.0
+    floor_scale, attn_scale = (cast(float, getattr(module, name)) for name in ("floor_scale", "attn_scale"))
+    steps = torch.floor((positions_1T.float() + 1.0) / floor_scale)
+    scale_1T = torch.log1p(steps) * attn_scale + 1.0
     return (query_1NTH * scale_1T[:, None, :, None]).to(query_1NTH.dtype)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,7 @@ class Door:
     """The indexers of one model; of a model without it does nothing."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._layers = indexers(model)
+        self._layers: list[Any] = indexers(model)
         self._given: list[Any] = []
         """Contexts of the calls of attention that have not returned."""
         self._hooks: list[Any] = []
@@ -92,7 +92,7 @@ class Door:
             queries = hidden[:, part], q_resid[:, part], tuple(x[:, part] for x in embeddings)
             return plain(*queries, mask_1QS, None, past_key_values=Cache(key_1SD))
 
-        return choose(noting.noted.squeeze(0), chosen, plain.__self__.n_heads, context)
+        return choose(noting.noted.squeeze(0), chosen, cast(Any, plain).__self__.n_heads, context)
 
 
 def indexers(model: nn.Module) -> list[nn.Module]:

@@ -25,7 +25,7 @@ def routers(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if type(module).__name__.lower().endswith("topkrouter")]
 
 
-def coefficient(model: nn.Module) -> float | None:
+def coefficient(model: PreTrainedModel) -> float | None:
     """Of the balance loss; vision-language models have it in the config of their language model alone."""
     return getattr(model, "router_aux_loss_coef", getattr(model.config.get_text_config(), "router_aux_loss_coef", None))
 
@@ -63,7 +63,9 @@ class Door:
         """The balance loss with its coefficient, as `loss` reduces it; None where it is off."""
         if self._logits is None or context is None:
             return None
-        return loss.once(*self._row(context), coefficient(self._model), items, context)
+        weight = coefficient(self._model)
+        assert weight is not None
+        return loss.once(*self._row(context), weight, items, context)
 
     def end(self, output: Any, context: SequenceContext) -> Any:
         """The model's output with the row's balance loss in it, whose gradient is as that of `unshard`: for the mean over ranks."""

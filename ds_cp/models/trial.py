@@ -46,7 +46,7 @@ Run = tuple[float, dict[str, Tensor]]
 """Loss and gradients."""
 
 
-def refuse(model: nn.Module) -> None:
+def refuse(model: PreTrainedModel) -> None:
     """Raises a ValueError for a model that cannot be sharded: by its properties, or, of a type that no family lists, by its twin.
 
     Raises:
@@ -85,7 +85,7 @@ def wrong(kind: type[PreTrainedModel], config: Any) -> str | None:
 
 def rows() -> list[tuple[dict[str, Tensor], tuple[int, ...]]]:
     """Batches of one row and the bounds of its documents: one, and several."""
-    found = []
+    found: list[tuple[dict[str, Tensor], tuple[int, ...]]] = []
     ids = torch.randint(3, VOCABULARY, (1, TOKENS), generator=torch.Generator().manual_seed(1))
     for documents in ((0, TOKENS), DOCUMENTS):
         positions = torch.cat([torch.arange(end - start) for start, end in pairwise(documents)]).unsqueeze(0)
@@ -157,7 +157,7 @@ def mixes(model: PreTrainedModel) -> str | None:
     heads: list[tuple[int, int]] = []
     positions = counted.Door(model)
     choices = indexer.Door(model)
-    doors = [*relays(model, checks.attention_modules(model)), positions, choices]
+    doors: list[Any] = [*relays(model, checks.attention_modules(model)), positions, choices]
     positions.apply()
     choices.apply()
     try:

@@ -38,10 +38,10 @@ def moved(ulysses: int, ring: int, to: str) -> tuple[float, float]:
 
     every = torch.arange(groups)[:, None].expand(groups, len(mine))
     sources = [entries(mine.expand(groups, -1), every, c).double().requires_grad_() for c in (2, 3)]
-    got = reshard.to_heads(sources, (4, 1), route, axes.seq.group)
+    got = reshard.to_heads(sources, (4, 1), route, axes.seq)
     there = torch.cat([entries(wanted, torch.full_like(wanted, head), c) for c in (2, 3)], dim=1)
     error = float((torch.cat(got, dim=1) - there).abs().max())
-    back = reshard.to_tokens(torch.cat(got, dim=1).detach(), groups, route, axes.seq.group)
+    back = reshard.to_tokens(torch.cat(got, dim=1).detach(), groups, route, axes.seq)
     error = max(error, float((back - torch.cat(sources, dim=2)).abs().max()))
     grads = [torch.randn_like(x) for x in got]
     dx = torch.autograd.grad(got, sources, grads)

@@ -35,16 +35,16 @@ class Kernel(Protocol):
     `kernels.sums.Sums`, or None where it cannot: on every rank of a ring the same.
     """
 
-    @staticmethod
-    def unsupported(q_TNH: Tensor, k_SMH: Tensor, v_SMH: Tensor, tile: Tile, score: Score) -> str | None:
+    __name__: str
+
+    def unsupported(self, q_TNH: Tensor, k_SMH: Tensor, v_SMH: Tensor, tile: Tile, score: Score) -> str | None:
         """Why this kernel cannot compute these inputs, or None. Must not launch anything."""
 
-    @staticmethod
-    def forward(q_TNH: Tensor, k_SMH: Tensor, v_SMH: Tensor, tile: Tile, score: Score) -> tuple[Tensor, Tensor]:
+    def forward(self, q_TNH: Tensor, k_SMH: Tensor, v_SMH: Tensor, tile: Tile, score: Score) -> tuple[Tensor, Tensor]:
         """(out_TNH in q's dtype, lse_TN): lse fp32 (fp64 for fp64), natural log."""
 
-    @staticmethod
     def backward(
+        self,
         dout_TNH: Tensor,
         q_TNH: Tensor,
         k_SMH: Tensor,

@@ -64,7 +64,7 @@ class Version(Protocol):
 
 class _Four:
     NUMBER = 4
-    CAPABILITIES = (9, 10, 11, 12)
+    CAPABILITIES: tuple[int, ...] = (9, 10, 11, 12)
 
     def __init__(self) -> None:
         from flash_attn.cute import interface
@@ -88,7 +88,7 @@ class _Four:
 
 class _Three:
     NUMBER = 3
-    CAPABILITIES = (8, 9)
+    CAPABILITIES: tuple[int, ...] = (8, 9)
 
     def __init__(self) -> None:
         import flash_attn_interface
@@ -116,7 +116,7 @@ class _Three:
 
 class _Two:
     NUMBER = 2
-    CAPABILITIES = (8, 9, 10, 12)
+    CAPABILITIES: tuple[int, ...] = (8, 9, 10, 12)
 
     def __init__(self) -> None:
         from flash_attn import flash_attn_interface as interface
@@ -144,7 +144,8 @@ class _Two:
 
 
 def _newest() -> Version:
-    for version in (_Four, _Three, _Two):
+    versions: tuple[type[Version], ...] = (_Four, _Three, _Two)
+    for version in versions:
         try:
             return version()
         except (ImportError, AttributeError):
@@ -186,6 +187,7 @@ def forward(q_TNH: Tensor, k_SMH: Tensor, v_SMH: Tensor, tile: Tile, score: Scor
     cum, longest = _documents(q_TNH, tile)
     q, k, v = _batched(tile, cum, q_TNH, k_SMH, v_SMH)
     if cum is None and tile.window is None and score.softcap is None and _launchable(q, k):
+        assert _hopper is not None
         out, lse = _hopper.forward(q, k, v, tile.causal, score.scale)
     else:
         out, lse = _version.forward(q, k, v, cum, longest, _mask(q_TNH, k_SMH, tile), score)
@@ -226,6 +228,7 @@ def sums(
     usable = score.softcap is None and _launchable(q_TNH.unsqueeze(0), q_TNH.unsqueeze(0))
     if not usable or torch.are_deterministic_algorithms_enabled():
         return None
+    assert _hopper is not None
     return HopperSums(_hopper, others or backward, dout_TNH, q_TNH, out_TNH, lse_TN, kv_heads, tiles, score)
 
 

@@ -127,14 +127,16 @@ def _fits(tile: Tile, q_TNH: Tensor, k_SMH: Tensor) -> bool:
 
 def _band(tile: Tile, q_TNH: Tensor, k_SMH: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
     """Blocks of queries, the keys that any of them attends, and the mask between them."""
-    step, ahead = min(max(tile.window, FEWEST_QUERIES), MOST_QUERIES), tile.ahead
+    window, ahead = tile.window, tile.ahead
+    assert window is not None
+    step = min(max(window, FEWEST_QUERIES), MOST_QUERIES)
     for first in range(0, len(q_TNH), step):
         last = min(first + step, len(q_TNH))
-        low, high = max(first + ahead - tile.window + 1, 0), min(last + ahead, len(k_SMH))
+        low, high = max(first + ahead - window + 1, 0), min(last + ahead, len(k_SMH))
         query, key = torch.arange(first + ahead, last + ahead), torch.arange(low, high)
         distance = query[:, None] - key[None, :]
         mask = torch.zeros(distance.shape, dtype=q_TNH.dtype)
-        mask.masked_fill_((distance < 0) | (distance >= tile.window), float("-inf"))
+        mask.masked_fill_((distance < 0) | (distance >= window), float("-inf"))
         yield slice(first, last), slice(low, high), mask
 
 

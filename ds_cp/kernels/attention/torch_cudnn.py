@@ -95,7 +95,8 @@ def _one_backward(
     lengths = q.shape[2], k.shape[2]
     bias, cum = None, None
     grads = _backward(dout, q, k, v, out, lse_1NT1, no_rng[0], no_rng[1], bias, cum, cum, *lengths, 0.0, causal, scale=scale)
-    return tuple(map(_tokens_first, grads))
+    dq, dk, dv = map(_tokens_first, grads)
+    return dq, dk, dv
 
 
 def _expand(x_SMH: Tensor, q_TNH: Tensor) -> Tensor:

@@ -94,20 +94,19 @@ class Shapes:
 class Kernel(Protocol):
     """What a kernel module offers."""
 
-    @staticmethod
-    def unsupported(shapes: Shapes, device: str, dtype: Any, passing: bool) -> str | None:
+    __name__: str
+
+    def unsupported(self, shapes: Shapes, device: str, dtype: Any, passing: bool) -> str | None:
         """Why this kernel cannot compute such a layer here and what to change, or None. Launches nothing; for start-up.
 
         Args:
             device: "cuda" or "cpu". dtype: of the activations. passing: whether state will be passed between ranks.
         """
 
-    @staticmethod
-    def convolve(x_SC: Tensor, weight_CW: Tensor, bias_C: Tensor | None, activation: str | None, span: Span) -> Tensor:
+    def convolve(self, x_SC: Tensor, weight_CW: Tensor, bias_C: Tensor | None, activation: str | None, span: Span) -> Tensor:
         """Causal depthwise convolution [S, C], in x's dtype; what is before a document's first token is 0."""
 
-    @staticmethod
-    def delta_rule(q_SKH: Tensor, k_SKH: Tensor, v_SVG: Tensor, g_SV: Tensor, beta_SV: Tensor, span: Span) -> Tensor:
+    def delta_rule(self, q_SKH: Tensor, k_SKH: Tensor, v_SVG: Tensor, g_SV: Tensor, beta_SV: Tensor, span: Span) -> Tensor:
         """Gated delta rule [S, V, G] in v's dtype, the state 0 where a document begins.
 
         q and k are divided by their norms (the root of the sum of squares + 1e-6) and q by the root of H; g is the log of the

@@ -148,8 +148,10 @@ def plan_of(span: Span, device: torch.device, tokens: int) -> Plan:
         before = span.passing is not None and span.passing.before > 0
         after = span.passing is not None and span.passing.after > 0
         on_host = torch.tensor(bounds)
-        whole = span.cu_seqlens is not None and len(bounds) == len(span.documents)
-        on_device = span.cu_seqlens if whole else on_host.to(device, non_blocking=True)
+        if span.cu_seqlens is not None and len(bounds) == len(span.documents):
+            on_device = span.cu_seqlens
+        else:
+            on_device = on_host.to(device, non_blocking=True)
         span.plans[tokens] = Plan(
             cu_seqlens=on_device,
             cu_seqlens_cpu=on_host,
