@@ -60,11 +60,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory, built: None) -> Runs:
     folder = tmp_path_factory.mktemp("train")
     made = Runs(one=folder / "one", two=folder / "two", resumed=folder / "resumed")
     model = save_model(folder / "model")
-    train([sys.executable], model, made.one)
+    data = save_texts(folder / "my.jsonl")
+    train([sys.executable], model, made.one, data=data)
     # The checkpoint of a ring is continued with Ulysses: what was saved does not depend on how rows were shared.
-    train(launcher(), model, made.two, deepspeed="ds_configs/ring.json", compare=made.one / "metrics.jsonl")
+    again = {"data": data, "gradient_checkpointing": True}
+    train(launcher(), model, made.two, deepspeed="ds_configs/ring.json", compare=made.one / "metrics.jsonl", **again)
     checkpoint = made.two / f"checkpoint-{SAVED}"
-    train(launcher(), model, made.resumed, deepspeed="ds_configs/ulysses.json", resume_from_checkpoint=checkpoint)
+    train(launcher(), model, made.resumed, deepspeed="ds_configs/ulysses.json", resume_from_checkpoint=checkpoint, **again)
     return made
 
 
@@ -77,6 +79,14 @@ def save_model(folder: Path) -> Path:
     config = Qwen3Config(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, **heads)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder
+
+
+def save_texts(path: Path) -> Path:
+    """JSONL as a user has it: a module of the standard library, twenty lines a document."""
+    lines = Path(json.decoder.__file__).read_text(encoding="utf-8").splitlines(keepends=True)
+    documents = ("".join(lines[start : start + 20]) for start in range(0, len(lines), 20))
+    path.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents), encoding="utf-8")
+    return path
 
 
 def launcher() -> list[str]:

@@ -15,36 +15,17 @@ from transformers import HfArgumentParser
 
 import ds_cp
 from ds_cp import cli, config
+from tests.unit.docs_commands import PAGES, ROOT, Command, commands
 
-ROOT = Path(__file__).parents[2]
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 KNOWN = ("scripts/quickstart", "scripts/test", "sudo", "accelerate", "source", "python")
-"""Commands that other tests and CI start; here only their files are looked for."""
+"""Commands that other tests and CI start (tests/unit/test_commands.py); here only their files are looked for."""
 
 
 def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 
 
-def commands() -> list[tuple[str, list[str]]]:
-    """(page, words) of every line in a bash block; variables that the block sets are filled in."""
-    found = []
-    for page in PAGES:
-        for block in blocks(page, "bash"):
-            variables: dict[str, str] = {}
-            for text in re.findall(r'(?:"[^"]*"|[^"\n])+', re.sub(r"\\\n\s*", "", block)):
-                for name, value in variables.items():
-                    text = text.replace(f"${name}", value)
-                words = shlex.split(text, comments=True)
-                while words and re.fullmatch(r"\w+=.*", words[0], re.DOTALL):
-                    name, _, value = words.pop(0).partition("=")
-                    variables[name] = value
-                if words:
-                    found.append((page.name, words))
-    return found
-
-
-COMMANDS = commands()
+COMMANDS = [command for command in commands() if not command.inline or command.words[0] == "ds-cp"]
 
 
 def ds_cp_takes(words: list[str]) -> None:
@@ -78,9 +59,9 @@ def accepted(words: list[str]) -> None:
     return None
 
 
-@pytest.mark.parametrize(("page", "words"), COMMANDS, ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else value)
-def test_a_command_of_the_docs_is_taken(page: str, words: list[str]) -> None:
-    accepted(words)
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: f"{command.place}: {command}"[:80])
+def test_a_command_of_the_docs_is_taken(command: Command) -> None:
+    accepted(list(command.words))
 
 
 @pytest.mark.parametrize(

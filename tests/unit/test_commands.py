@@ -1,0 +1,199 @@
+"""Every command of the docs is run by a test: by this one, where it starts nothing, or by one named here; or it says why not.
+
+A command that no rule knows fails with its page and line. "Run" is of the same program on a tiny model; its options are looked for
+in the test's file.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from ds_cp import cli, selftest
+from tests.unit.docs_commands import ROOT, Command, commands
+
+COMMANDS = commands()
+
+
+@dataclass(frozen=True)
+class Here:
+    """`ds-cp` itself, in this process."""
+
+
+@dataclass(frozen=True)
+class Script:
+    """A script of one process, run here with these options, which are its own made small."""
+
+    options: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Run:
+    """Run by `test` (file::function)."""
+
+    test: str
+    how: str = ""
+    """What is not as the reader types it."""
+    unlike: dict[str, str] = field(default_factory=dict)
+    """Options that the test does not use, and why."""
+    options: bool = False
+    """Whether every other option must stand in the test's file."""
+
+
+@dataclass(frozen=True)
+class Not:
+    """Run by no test."""
+
+    why: str
+
+
+GPU = Not("needs a GPU; tests/gpu runs the package's code that it measures")
+MINUTES = Not("a measurement of minutes on CPU")
+TRAIN = "tests/e2e/test_train_script.py::test_two_ranks_give_the_curve_of_one_process"
+SIZES = "sizes of a model that is drawn: TestModel of the same file"
+LENGTH = "how long and how fast it trains"
+UNLIKE = {"bf16": "CPU ranks have --use_cpu in its place", "hostfile": "tests/hosts starts over several hosts"}
+CURVES = dict.fromkeys(("lr_scheduler_type", "learning_rate", "warmup_steps", "save_strategy"), LENGTH)
+CURVES |= {"model_type": SIZES, "config_overrides": SIZES, "name": "a title", "seed": "the default is another number"}
+HOSTS = "tests/hosts/test_hosts.py"
+
+RULES: dict[str, Here | Script | Run | Not] = {
+    r"ds-cp (check|plan|explain) ": Here(),
+    r"deepspeed .*--module ds_cp\.cli selftest ": Run(
+        "tests/dist/test_prove.py::test_everything_is_proved_and_measured",
+        how="the function that the command calls, on ranks of the pool",
+    ),
+    r"deepspeed .*scripts/train\.py .*--data shapes": Run(
+        "tests/e2e/test_train_images.py::test_two_ranks_give_the_curve_of_one_process", how="with sizes of its own"
+    ),
+    r"deepspeed .*--launcher openmpi scripts/train\.py": Run(
+        f"{HOSTS}::test_every_launcher_gives_the_gradients_of_one_process", how="tests/hosts/parity_job.py as the program"
+    ),
+    r"deepspeed (--\w+ \S+ )*scripts/train\.py": Run(TRAIN, unlike=UNLIKE | CURVES, options=True),
+    r"deepspeed train\.py --deepspeed ds_config\.json": Not("a program of the reader's"),
+    r"deepspeed scripts/examples/sft\.py": Run(
+        "tests/e2e/test_examples.py::test_losses_and_metrics_are_those_of_upstream_in_one_process", options=True
+    ),
+    r"accelerate launch .*scripts/examples/sft\.py": Run(
+        "tests/e2e/test_examples.py::test_accelerate_launch_with_a_deepspeed_config", options=True
+    ),
+    r"mpirun .*scripts/train\.py": Run(
+        f"{HOSTS}::test_every_launcher_gives_the_gradients_of_one_process", how="tests/hosts/parity_job.py as the program"
+    ),
+    r"sudo scripts/hosts run ": Run(
+        f"{HOSTS}::test_every_launcher_gives_the_gradients_of_one_process", how="tests/hosts/parity_job.py as the program"
+    ),
+    r"sudo scripts/hosts (up|down)": Run(f"{HOSTS}::test_every_launcher_gives_the_gradients_of_one_process"),
+    r"(sudo )?scripts/hosts cut": Run(f"{HOSTS}::test_a_host_that_is_cut_off_for_five_seconds_goes_on"),
+    r"sudo scripts/hosts sent": Run(f"{HOSTS}::test_the_interface_carries_what_the_formula_says"),
+    r"sudo scripts/hosts shape": Not("only scripts/bench/link.py shapes a link"),
+    r"(sudo )?scripts/hosts install": Not("CI itself calls it (.ci/run)"),
+    r"scripts/quickstart( --install-only)?$": Not("CI itself installs by it; the two runs after that are scripts/train.py's"),
+    r"scripts/test( |$)": Not("CI itself calls it (.ci/run)"),
+    r"source \.venv/bin/activate$": Not("scripts/test does it"),
+    r"scripts/train\.py --help$": Run("tests/unit/test_docs.py::test_a_command_of_the_docs_is_taken", how="its parser"),
+    r"python scripts/gen_config_docs\.py": Run("tests/unit/test_config.py::test_docs_config_md_is_what_the_code_says"),
+    r"python scripts/gen_figures\.py": Run("tests/unit/test_figures.py::test_a_figure_is_what_the_code_draws"),
+    r"python scripts/models_map\.py": Run(
+        "tests/dist/test_models_map.py::test_the_page_says_what_comes_out", how="25 of its types"
+    ),
+    r"python scripts/bench/planner_check\.py": Run("tests/unit/test_planner.py::test_predictions_hold_where_the_docs_say_so"),
+    r"python scripts/bench/(one_rank|memory)\.py (?!--loss)": Run(
+        "tests/e2e/test_benchmarks.py::test_a_benchmark_of_one_rank_runs", how="--tiny, on CPU"
+    ),
+    r"(FLA_\w+=\S+ )?python scripts/bench/(attention|delta|liger|memory|real_ranks)\.py": GPU,
+    r"python -m pytest tests/gpu": GPU,
+    r"python scripts/bench/planning\.py": Script(("--tokens", "4096", "--documents", "16", "--ring", "4", "--runs", "1")),
+    r"python scripts/bench/balance\.py": Script(("--out", "balance.json")),
+    r"python scripts/bench/(parity|alst|deepspeed_tiles|tower|planner_curves)\.py": MINUTES,
+    r"scripts/bench/alst\.py": MINUTES,
+    r"sudo scripts/bench/link\.py": MINUTES,
+    r"python scripts/soak/(kill|memory)\.py": MINUTES,
+    r"python -m deepspeed\.checkpoint\.ds_to_universal": Run(
+        "tests/dist/test_loader.py::test_another_number_of_ranks_goes_on_with_the_curve", how="its main(), with the same arguments"
+    ),
+}
+
+
+def rule_of(command: Command) -> Here | Script | Run | Not:
+    return next((rule for pattern, rule in RULES.items() if re.match(pattern, str(command))), Not(""))
+
+
+def test_every_command_has_a_rule() -> None:
+    unknown = [f"{command.place}: {command}" for command in COMMANDS if rule_of(command) == Not("")]
+    assert unknown == [], "no test runs it: name one in RULES of this file, or the reason"
+
+
+def test_every_rule_has_a_command() -> None:
+    assert [pattern for pattern in RULES if not any(re.match(pattern, str(command)) for command in COMMANDS)] == []
+
+
+@pytest.mark.parametrize("rule", [rule for rule in RULES.values() if isinstance(rule, Run)], ids=lambda rule: rule.test)
+def test_a_test_that_is_named_is_there(rule: Run) -> None:
+    path, _, name = rule.test.partition("::")
+    assert re.search(rf"^\s*def {name}\(", (ROOT / path).read_text(encoding="utf-8"), re.MULTILINE), rule.test
+
+
+def test_the_options_of_a_command_are_those_that_its_test_uses() -> None:
+    missing = []
+    for command in COMMANDS:
+        rule = rule_of(command)
+        if isinstance(rule, Run) and rule.options:
+            text = (ROOT / rule.test.partition("::")[0]).read_text(encoding="utf-8")
+            used = {option for option in command.options if re.search(rf'"(--)?{option}"|\b{option}=', text)}
+            missing += [f"{command.place}: --{option}" for option in command.options - used - rule.unlike.keys()]
+    assert missing == []
+
+
+class Shell:
+    """A folder with what the commands name, in which they are run one after another."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        selftest.tiny_model("llama").config.save_pretrained(folder / "my_model")
+        (folder / "lengths.txt").write_text("3000 500 96 500", encoding="utf-8")
+        (folder / "ds_config.json").write_text(json.dumps({"sequence_parallel": {"size": "auto"}}), encoding="utf-8")
+
+    def run(self, command: Command) -> str:
+        words = [self._here(before, word) for before, word in zip(command.words, command.words[1:], strict=False)]
+        done = CliRunner().invoke(cli.app, words)
+        assert done.exit_code == 0, f"{command.place}: {command}\n{done.output}"
+        return done.output
+
+    def _here(self, before: str, word: str) -> str:
+        is_model = before in ("plan", "--model")
+        return "my_model" if is_model else word
+
+
+OURS = [command for command in COMMANDS if isinstance(rule_of(command), Here)]
+
+
+@pytest.mark.parametrize("page", sorted({command.page for command in OURS}))
+def test_the_shells_commands_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shell = Shell(tmp_path)
+    for command in (command for command in OURS if command.page == page):
+        shown = shell.run(command)
+        assert shown.strip(), command
+        if "--write" in command.words:
+            written = json.loads((tmp_path / "ds_config.json").read_text(encoding="utf-8"))
+            assert written["sequence_parallel"]["size"] != "auto", command
+
+
+@pytest.mark.parametrize("pattern", [pattern for pattern, rule in RULES.items() if isinstance(rule, Script)])
+def test_a_script_of_one_process_runs(pattern: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    for command in (command for command in COMMANDS if re.match(pattern, str(command))):
+        rule, script = RULES[pattern], ROOT / command.words[1]
+        assert command.options <= {word[2:] for word in rule.options if word.startswith("--")}, command.place
+        monkeypatch.setattr(sys, "argv", [str(script), *rule.options])
+        runpy.run_path(str(script), run_name="__main__")
+        assert capsys.readouterr().out.strip(), command
