@@ -38,6 +38,8 @@ SILENT_S = 300.0
 GRACE_S = 30.0
 ANSWER_S = 3 * BEAT_S
 ANSWER_TURNS = 12
+LAST_WORDS_S = 2 * BEAT_S + ANSWER_S + 5 * BEAT_S
+"""What a rank that has failed takes at most to tell the others and to ask who is there."""
 STORE_S = 10.0
 """For one answer of the store."""
 CONNECT = timedelta(seconds=60)
@@ -181,10 +183,14 @@ class Watch:
         lost = self.posted.lost()
         if lost is not None and failure is None:
             failure = self._give_up(lost)
-        if failure is None or (lost is None and (self._outside() or time.monotonic() - self._since < self._grace_s)):
+        if failure is None:
             return None
         me = self.name(self.rank)
-        if failure.startswith(f"{me} stopped"):  # NCCL waits at the end of a process for what the others left
+        mine = failure.startswith(f"{me} stopped")
+        patience = max(self._grace_s, LAST_WORDS_S) if mine else self._grace_s
+        if lost is None and (self._outside() or time.monotonic() - self._since < patience):
+            return None
+        if mine:  # NCCL waits at the end of a process for what the others left
             return f"ds_cp: {me} has not ended since, and is ended"
         return f"ds_cp: {me} waited in {self.place()} for others and ends: {failure}"
 

@@ -50,6 +50,8 @@ def after(clock: list[float], seconds: float, rank: Watch) -> str | None:
 def test_a_rank_that_hangs_at_its_end_after_a_failure_is_ended(clock: list[float], ranks: list[Watch]) -> None:
     ranks[0].failed("ValueError: nothing")
     ranks[0].enter("forward")
+    clock[0] += watches.LAST_WORDS_S - 1  # longer than its grace: it still asks who is there
+    assert ranks[0].look() is None
     clock[0] += 1000
     assert ranks[0].look() == "ds_cp: rank 0 on host1 has not ended since, and is ended"
     ranks[1].enter("forward")
