@@ -68,6 +68,9 @@ class Config(BaseModel):
     loss_chunk: Count | Auto = "auto"
     """Tokens per logits tile: the loss is computed tile by tile and `out.logits` is None (`return_logits=True` keeps them); 0
     materialises the logits. "auto" takes tiles of 256 MiB of logits, and whole logits where a shard's are no larger."""
+    loss_kernel: Literal["auto", "liger"] = "auto"
+    """What computes a loss in tiles. "auto" is ds_cp's own; liger is the fused linear cross entropy of the package liger-kernel
+    (GPUs), which picks its own tiles: for linear heads whose output the model does not scale, without weights of tokens."""
     tiled_mlp: bool | Auto = "auto"
     """Compute MLPs and the norms of layers in tiles of as many tokens as the hidden size, for one more forward of each. "auto" is
     off."""
@@ -81,6 +84,12 @@ class Config(BaseModel):
             if value not in here:
                 allowed = ", ".join(json.dumps(v) for v in here)
                 raise ValueError(f"{field}: {json.dumps(value)} is not in this version of ds_cp; use {allowed}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_loss(self) -> Config:
+        if self.loss_kernel == "liger" and self.loss_chunk != "auto":
+            raise ValueError(f'loss_kernel: liger picks its own tiles; leave loss_chunk "auto" (got {self.loss_chunk})')
         return self
 
     @model_validator(mode="after")

@@ -16,19 +16,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from ds_cp import agreement, comm, factor, launch, layout, mesh, meter, preflight, topology, watch
+from ds_cp import agreement, comm, factor, launch, mesh, meter, preflight, topology, watch
 from ds_cp import batch as batches
 from ds_cp import config as configs
-from ds_cp.balance import Chunks
 from ds_cp.batch import Methods
 from ds_cp.config import Config
-from ds_cp.kernels import choice, probe
-from ds_cp.kernels import delta as deltas
-from ds_cp.kernels.attention import Kernel
+from ds_cp.kernels import choice
 from ds_cp.loader import StepLoader, data_loader
 from ds_cp.loss import CausalLMLoss
 from ds_cp.mesh import Mesh
 from ds_cp.models import attach, checks, lm_head, mlp, trial
+from ds_cp.resolve import compute_dtype, methods_of, wrong_kernel
+from ds_cp.table import print_table
 from ds_cp.token_values import TokenValues, of_logits
 
 Source = str | os.PathLike[str] | Mapping[str, Any]
@@ -110,7 +109,7 @@ def prepare(model: nn.Module, block: Config, ds_config: Mapping[str, Any]) -> tu
     ring = methods.ring_impl, methods.gathered_tokens, methods.ring_keep
     found |= {"ring_impl, ring_keep": ring, "attention_head_chunks": methods.head_chunks}
     agreement.agree(found, "Give all hosts the same packages and GPUs, or name a kernel that all have")
-    preflight.refuse_together(preflight.together(lambda: _wrong_kernel(methods, inner, degrees, dtype)))
+    preflight.refuse_together(preflight.together(lambda: wrong_kernel(methods, inner, degrees, dtype)))
     mesh_ = mesh.build(degrees, block.comm_timeout_s)
     if dist.get_rank() == 0:
         print_table(block, mesh_, methods, inner)
@@ -124,6 +123,8 @@ def _resolve(
     trial.refuse(model)
     if block.tiled_mlp is True:
         mlp.refuse(model)
+    if block.loss_kernel == "liger":
+        lm_head.refuse_liger(model, get_accelerator().device_name())
     for module in _gathered_as_one(model, block):
         set_z3_leaf_module(module, True)
     degrees = topology.resolve(
@@ -166,6 +167,7 @@ def attach_model(
         methods=methods or methods_of(block, inner, mesh_.topology, compute_dtype({}, inner)),
         loss=CausalLMLoss(reduction=block.loss_reduction, divisor=divisor, steps=steps),
         loss_chunk=block.loss_chunk,
+        loss_kernel=block.loss_kernel,
         tiled_mlp=block.tiled_mlp is True,
         activation_offload=block.activation_offload,
         watch=watch.begin(silent_s=min(watch.SILENT_S, block.comm_timeout_s)),
@@ -173,131 +175,6 @@ def attach_model(
     )
     handle.apply()
     return handle
-
-
-def compute_dtype(ds_config: Mapping[str, Any], model: nn.Module) -> torch.dtype:
-    """The dtype of activations: what DeepSpeed makes of the model under this config, else the model's own."""
-    for names, dtype in {("bf16", "bfloat16"): torch.bfloat16, ("fp16",): torch.float16}.items():
-        if any(ds_config.get(name, {}).get("enabled") is True for name in names):
-            return dtype
-    autocast = ds_config.get("torch_autocast", {})
-    if autocast.get("enabled") is True:
-        return getattr(torch, str(autocast.get("dtype", "bfloat16")).removeprefix("torch."))
-    return next(model.parameters()).dtype
-
-
-def methods_of(block: Config, model: nn.Module, degrees: topology.Topology, dtype: torch.dtype, local_world: int = 0) -> Methods:
-    """How layers are computed, every "auto" resolved; without `local_world` all ranks are on one node.
-
-    Raises:
-        ValueError: a kernel cannot serve here, or the DeltaNet layers have too few heads for the ranks.
-    """
-    shapes = checks.linear_shapes(model)
-    scans = bool(checks.scan_heads(model))
-    linear = topology.resolve_linear(block.linear_attention, degrees, checks.linear_heads(model), passes=not scans)
-    split, asked = topology.split_heads(degrees.ulysses, *checks.heads(model)[0]), block.attention_head_chunks
-    passing = linear == "state" and degrees.ring > 1 and bool(shapes)
-    chunks = topology.resolve_head_chunks(asked, degrees, checks.heads(model), passing, least_memory=block.activation_offload)
-    return Methods(
-        attention=kernel_of(block, model),
-        layout=block.layout,
-        ring_impl=block.ring_impl,
-        gathered_tokens=choice.gathered_tokens(split.query, checks.head_size(model), get_accelerator().device_name()),
-        beside=torch.cuda.Stream() if get_accelerator().device_name() == "cuda" else None,
-        delta=_delta_kernel(block, shapes, dtype, passing) if shapes else None,
-        linear=linear,
-        windows=checks.windows(model),
-        scans=scans,
-        halo=checks.halo(model),
-        head_chunks=chunks,
-        ring_keep=topology.resolve_ring_keep(block.ring_keep, degrees, local_world or degrees.world, chunks),
-    )
-
-
-def _delta_kernel(block: Config, shapes: list[deltas.Shapes], dtype: torch.dtype, passing: bool) -> deltas.Kernel:
-    device = get_accelerator().device_name()
-    kernel = deltas.resolve(block.delta_kernel, device)
-    for each in dict.fromkeys(shapes):
-        reason = kernel.unsupported(each, device, dtype, passing)
-        if reason is not None:
-            raise ValueError(f"sequence_parallel.delta_kernel: {kernel.__name__.split('.')[-1]}: {reason}")
-    return kernel
-
-
-def _wrong_kernel(methods: Methods, model: nn.Module, degrees: topology.Topology, dtype: torch.dtype) -> str | None:
-    """What the attention kernel does not compute, or computes wrong on this rank, of what the model will ask of it."""
-    config = model.config.get_text_config()
-    split = topology.split_heads(degrees.ulysses, *checks.heads(model)[0])
-    asked = probe.Asked(
-        query_heads=split.query,
-        kv_heads=split.kv,
-        head_size=checks.head_size(model),
-        windows=tuple(None if isinstance(window, Chunks) else window for window in methods.windows),
-        softcap=getattr(config, "attn_logit_softcapping", None),
-        rectangles=degrees.ring > 1,
-    )
-    found = probe.trouble(methods.attention, asked, dtype, torch.device(get_accelerator().current_device_name()))
-    return found and f"sequence_parallel.attention_kernel: {found}"
-
-
-def kernel_of(block: Config, model: nn.Module) -> Kernel:
-    """The attention kernel, "auto" resolved by the device and the model; refuses one that is of another device or not installed."""
-    device = get_accelerator().device_name()
-    capability = torch.cuda.get_device_capability()[0] if device == "cuda" else None
-    softcap = bool(getattr(model.config.get_text_config(), "attn_logit_softcapping", None))
-    return choice.resolve(block.attention_kernel, device, capability, softcap)
-
-
-def _describe_chunk(block: Config, model: PreTrainedModel) -> str:
-    head = model.get_output_embeddings()
-    if block.loss_chunk != "auto" or head is None:
-        return str(block.loss_chunk)
-    return f"tiles of {lm_head.TILE_BYTES >> 20} MiB of logits, whole logits where a shard's are no more"
-
-
-def print_table(block: Config, mesh_: Mesh, methods: Methods, model: PreTrainedModel) -> None:
-    """What the run does, "auto" resolved, once, on the calling rank."""
-    from rich.console import Console
-    from rich.table import Table
-
-    degrees = mesh_.topology
-    table = Table(title="ds_cp: sequence parallelism", title_justify="left")
-    for column in ("setting", "in the config", "in this run"):
-        table.add_column(column)
-    resolved = {
-        "size": degrees.size,
-        "ulysses_size": degrees.ulysses,
-        "ring_size": degrees.ring,
-        "layout": layout.describe(block.layout),
-        "attention_kernel": choice.describe(methods.attention),
-        "ring_impl": _describe_ring(methods, degrees.ring),
-        "ring_keep": methods.ring_keep,
-        "attention_head_chunks": methods.head_chunks,
-        "loss_reduction": "token_mean if counted, else mean" if block.loss_reduction == "auto" else block.loss_reduction,
-        "loss_chunk": _describe_chunk(block, model),
-        **_linear_rows(methods),
-        "tiled_mlp": f"{model.config.get_text_config().hidden_size} tokens a tile" if block.tiled_mlp is True else "off",
-        "activation_offload": block.activation_offload,
-        "comm_timeout_s": block.comm_timeout_s,
-    }
-    for name, value in resolved.items():
-        table.add_row(name, str(getattr(block, name)), str(value))
-    table.add_row("data-parallel replicas", "", str(degrees.data))
-    Console().print(table)
-
-
-def _describe_ring(methods: Methods, ring: int) -> str:
-    if methods.ring_impl != "auto" or ring <= 2 or not methods.gathered_tokens:
-        return methods.ring_impl.replace("auto", "p2p")
-    return f"allgather for one document of at most {ring * methods.gathered_tokens:,} tokens, else p2p"
-
-
-def _linear_rows(methods: Methods) -> dict[str, str]:
-    if methods.scans:
-        return {"linear_attention": "heads; scan in PyTorch"}
-    if methods.delta is None:
-        return {}
-    return {"linear_attention": methods.linear, "delta_kernel": methods.delta.__name__.split(".")[-1]}
 
 
 def unshard(x: Tensor) -> Tensor:

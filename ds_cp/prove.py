@@ -17,7 +17,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from transformers import PreTrainedModel
 
-from ds_cp import checking, comm, engine, factor, launch, machines, preflight, selftest, topology
+from ds_cp import checking, comm, engine, factor, launch, machines, preflight, resolve, selftest, topology
 from ds_cp.config import Config
 from ds_cp.mesh import Mesh, destroy
 from ds_cp.models import checks, family_of, twin
@@ -95,7 +95,7 @@ def _degrees(small: PreTrainedModel, asked: topology.Topology) -> dict[str, int]
 def speeds(model: PreTrainedModel, mesh: Mesh, methods: Methods, ds_config: dict[str, Any]) -> dict[str, str]:
     """Of the slowest rank: what its exchanges send, and what its attention kernel computes."""
     device = torch.device(get_accelerator().current_device_name())
-    dtype = engine.compute_dtype(ds_config, model)
+    dtype = resolve.compute_dtype(ds_config, model)
     found = {
         f"{name}, slowest rank": f"{_least(rate, device) / 1e9:.2f} GB/s"
         for name, rate in machines.bandwidths(mesh, device).items()

@@ -31,32 +31,24 @@ Shapes: S tokens of the ring rank, N query heads, M key/value heads, H head size
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ds_cp import comm
 from ds_cp.batch import SequenceContext
 from ds_cp.kernels.attention import Score
 from ds_cp.kernels.merge import AT_ONCE, merge_
-from ds_cp.kernels.sums import Sums, sums_of
+from ds_cp.kernels.sums import sums_of
 from ds_cp.lanes import Lanes
-from ds_cp.tiles import Halo, Plan, Tile
+from ds_cp.ring_keys import Block, arriving, kept_blocks
+from ds_cp.ring_sums import backward_gathered, backward_halo, backward_hops
+from ds_cp.tiles import Plan, Tile
 
 WAITING = 7
 """Results of so many tiles over all queries are merged at once, or of more tiles over fewer; this bounds the memory."""
 FEWER_WAITING = 5
 """Where there are more than WAITING in all, and the running result is in fp32."""
-
-Block = Tensor | tuple[Tensor, Tensor]
-"""[2, keys, M, H], or the pair (k, v)."""
-
-Blocks = Iterator[tuple[int, Block, tuple[Tile, ...]]]
-"""(turn, block, its tiles)."""
-
-Sends = list[tuple[Tensor, int]]
-"""Tensors with the ring rank that each goes to or comes from."""
 
 
 class RingAttention(torch.autograd.Function):
@@ -95,7 +87,7 @@ def push(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Forward: (out [S, N, H] in q's dtype, lse [S, N], what `plan.kept` has wait for backward)."""
     tiles_of, lanes, kept = _Push(q_SNH, context, plan, score), Lanes(context.methods.beside), []
-    for turn, block, tiles in _arriving(k_SMH, v_SMH, context, plan, lanes, kept if plan.kept else None):
+    for turn, block, tiles in arriving(k_SMH, v_SMH, context, plan, lanes, kept if plan.kept else None):
         with lanes.turn(turn):
             for tile in tiles:
                 tiles_of.tile(block, tile)
@@ -129,13 +121,13 @@ def pull(
     attention, kv_heads = context.methods.attention, k_SMH.shape[1]
     sums = sums_of(attention, dout_SNH.contiguous(), q_SNH, out_SNH, lse_SN, kv_heads, tiles, score)
     lanes = Lanes(None if plan.gathered or plan.halo else context.methods.beside)
-    blocks = _kept(k_SMH, v_SMH, plan, lanes, kept) if plan.kept else _arriving(k_SMH, v_SMH, context, plan, lanes)
+    blocks = kept_blocks(k_SMH, v_SMH, plan, lanes, kept) if plan.kept else arriving(k_SMH, v_SMH, context, plan, lanes)
     if plan.halo is not None:
-        dkv = _backward_halo(sums, blocks, k_SMH, context, plan)
+        dkv = backward_halo(sums, blocks, k_SMH, context, plan)
     elif plan.gathered:
-        dkv = _backward_gathered(sums, blocks, k_SMH, context)
+        dkv = backward_gathered(sums, blocks, k_SMH, context)
     else:
-        dkv = _backward_hops(sums, blocks, k_SMH, context, plan, lanes)
+        dkv = backward_hops(sums, blocks, k_SMH, context, plan, lanes)
     return sums.dq(), *dkv.unbind(), dsink
 
 
@@ -195,204 +187,6 @@ class _Push:
         return self._out, self._lse
 
 
-def _backward_hops(sums: Sums, blocks: Blocks, k: Tensor, context: SequenceContext, plan: Plan, lanes: Lanes) -> Tensor:
-    """(dk, dv) [2, S, M, H] of the own block, after a whole turn around the ring."""
-    trip = _Trip(sums, len(k), context, plan, lanes)
-    for step, block, tiles in blocks:
-        with lanes.turn(step):
-            into, starts = trip.sum(step), plan.starts[(context.mesh.ring.rank - step) % context.mesh.ring.size]
-            for tile in tiles:
-                sums.add(into, tile, *block, starts)
-        trip.leave(step)
-        if sums.full:
-            with lanes.alone():
-                sums.settle()
-    lanes.join()
-    return sums.dkv(trip.home(), len(k), k.dtype, plan.starts[context.mesh.ring.rank])
-
-
-class _Trip:
-    """The sums of (dk, dv) that this rank holds: of a block's even steps and of its odd steps, each where its step is computed."""
-
-    def __init__(self, sums: Sums, keys: int, context: SequenceContext, plan: Plan, lanes: Lanes) -> None:
-        self._sums, self._keys, self._context, self._plan, self._lanes = sums, keys, context, plan, lanes
-        self._here: dict[int, Tensor] = {}  # by step
-        self._free: list[Tensor] = []
-        self._home: list[Tensor] = []
-        self._like: Tensor | None = None
-        self._sent: Sends = []
-        self._hop: comm.Hop | None = None
-
-    def sum(self, step: int) -> Tensor | None:
-        """What this step's tiles are added to: it begins in steps 0 and 1, then it is the one that came in."""
-        if step < 2 and step <= self._reach(-step):
-            self._here[step] = self._like = self._sums.new(self._keys, self._plan.starts)
-        return self._here.get(step)
-
-    def leave(self, step: int) -> None:
-        """To the rank that adds to it two steps on, or home. The one for the next step has come in."""
-        with self._lanes.turn(step + 1):
-            self._wait()
-        self._lanes.order(step + 1, step)  # the buffers that were sent are free
-        mine, sent, received = self._here.pop(step, None), [], []
-        with self._lanes.turn(step):
-            if mine is not None and step + 2 <= self._reach(-step):
-                sent.append((mine, self._rank(2)))
-            elif mine is not None and step:
-                sent.append((mine, self._rank(-step)))
-            elif mine is not None:
-                self._home.append(mine)
-            if step + 2 <= self._reach(-step - 2):
-                self._here[step + 2] = self._buffer()
-                received.append((self._here[step + 2], self._rank(-2)))
-            if 0 < step <= self._reach(0) < step + 2:
-                self._home.append(self._buffer())
-                received.append((self._home[-1], self._rank(step)))
-            self._hop, self._sent = _post(sent, received, self._context, "gradient"), sent
-
-    def home(self) -> list[Tensor]:
-        self._wait()
-        return self._home
-
-    def _wait(self) -> None:
-        if self._hop is not None:
-            self._hop.wait()
-            self._free += [x for x, _ in self._sent]
-
-    def _buffer(self) -> Tensor:
-        return self._free.pop() if self._free else torch.empty_like(self._like)
-
-    def _rank(self, by: int) -> int:
-        ring = self._context.mesh.ring
-        return (ring.rank + by) % ring.size
-
-    def _reach(self, by: int) -> int:
-        return self._plan.reach[self._rank(by)]
-
-
-def _backward_gathered(sums: Sums, blocks: Blocks, k: Tensor, context: SequenceContext) -> Tensor:
-    (_, own, (own_tile,)), *others = blocks
-    mine = sums.plain(len(k))
-    sums.add(mine, own_tile, *own)
-    row = sums.plain(context.layout.length)
-    for _, block, tiles in others:
-        for tile in tiles:
-            sums.add(row, tile, *block)
-            if sums.full:
-                sums.settle()
-    home = comm.reduce_scatter(_by_slot(row, context), context.mesh.ring.group)
-    for part, theirs in zip(_own_slots(mine, context), home, strict=True):
-        part += theirs
-    return mine.to(k.dtype)
-
-
-def _backward_halo(sums: Sums, blocks: Blocks, k: Tensor, context: SequenceContext, plan: Plan) -> Tensor:
-    (_, own, (own_tile,)), *others = blocks
-    mine = sums.plain(len(k))
-    sums.add(mine, own_tile, *own)
-    dhalo = mine.new_zeros((plan.halo.tokens, *mine.shape[:1], *mine.shape[2:]))
-    for _, block, tiles in others:
-        for tile in tiles:
-            sums.add(dhalo.transpose(0, 1), tile, *block)
-            if sums.full:
-                sums.settle()
-    home = [(dhalo.new_empty((end - start, *dhalo.shape[1:])), rank) for rank, start, end in plan.halo.sent]
-    hop = _post([(dhalo[start:end], rank) for rank, start, end in plan.halo.received], home, context, "halo gradient")
-    for place, start, end in plan.halo.own:
-        mine[:, start:end] += dhalo[place : place + end - start].transpose(0, 1)
-    hop.wait()
-    for (part, _), (_, start, end) in zip(home, plan.halo.sent, strict=True):
-        mine[:, start:end] += part.transpose(0, 1)
-    return mine.to(k.dtype)
-
-
-def _post_halo(k: Tensor, v: Tensor, context: SequenceContext, halo: Halo) -> tuple[Tensor, comm.Hop]:
-    """The keys and values [tokens, 2, M, H] that stand before the own runs, once the hop is done."""
-    keys = k.new_empty((halo.tokens, 2, *k.shape[1:]))
-    sent = [(torch.stack((k[start:end], v[start:end]), dim=1), rank) for rank, start, end in halo.sent]
-    hop = _post(sent, [(keys[start:end], rank) for rank, start, end in halo.received], context, "halo")
-    for place, start, end in halo.own:
-        keys[place : place + end - start, 0], keys[place : place + end - start, 1] = k[start:end], v[start:end]
-    return keys, hop
-
-
-def _kept(k: Tensor, v: Tensor, plan: Plan, lanes: Lanes, kept: Sequence[Tensor]) -> Blocks:
-    """The same blocks and turns as `_arriving` gives, from what it has kept: nothing is sent."""
-    yield 0, (k, v), plan.steps[0]
-    if plan.halo is not None or plan.gathered:
-        others = kept[0].unbind(1 if plan.halo is not None else 0)
-        for turn, tile in enumerate(plan.steps[1], start=1):
-            yield turn, others, (tile,)
-        return
-    theirs = iter(kept)
-    for step, tiles in enumerate(plan.steps[1:], start=1):
-        lanes.order(step - 1, step)
-        yield step, next(theirs) if tiles else (), tiles
-
-
-def _arriving(k: Tensor, v: Tensor, context: SequenceContext, plan: Plan, lanes: Lanes, kept: list[Tensor] | None = None) -> Blocks:
-    """What the next step needs is posted before a block is handed out. What is read of others' goes into `kept`."""
-    steps = plan.steps
-    if len(steps) == 1:
-        yield 0, (k, v), steps[0]
-        return
-    if plan.halo is not None:
-        halo, hop = _post_halo(k, v, context, plan.halo)
-        if kept is not None:
-            kept.append(halo)
-        yield 0, (k, v), steps[0]
-        hop.wait()
-        lanes.order(0, 1)
-        for turn, tile in enumerate(steps[1], start=1):
-            yield turn, halo.unbind(1), (tile,)
-        return
-    block = torch.stack((k, v))
-    if plan.gathered:
-        row = block.new_empty((2, context.layout.length, *block.shape[2:]))
-        if kept is not None:
-            kept.append(row)
-        everyone = comm.Gather(_own_slots(block, context), _by_slot(row, context), context.mesh.ring.group)
-        yield 0, block, steps[0]
-        everyone.wait()
-        lanes.order(0, 1)
-        for turn, tile in enumerate(steps[1], start=1):
-            yield turn, row, (tile,)
-        return
-    ring, reach, spare = context.mesh.ring, plan.reach, torch.empty_like(block)
-    for step, tiles in enumerate(steps):
-        here, coming = (ring.rank - step) % ring.size, (ring.rank - 1 - step) % ring.size
-        sent = [(block, (ring.rank + 1) % ring.size)] if step < reach[here] else []
-        received = [(spare, (ring.rank - 1) % ring.size)] if step < reach[coming] else []
-        lanes.order(step, step + 1)  # the block is here also for the other lane, whose last tile has read `spare`
-        with lanes.turn(step + 1):
-            hop = _post(sent, received, context, "key/value")
-        yield step, block, tiles
-        with lanes.turn(step + 1):
-            hop.wait()
-        if kept is not None and step and tiles:
-            kept.append(block)
-            block = torch.empty_like(block) if step < len(steps) - 2 else block
-        block, spare = spare, block
-
-
-def _post(sent: Sends, received: Sends, context: SequenceContext, what: str) -> comm.Hop:
-    ring = context.mesh.ring
-    return comm.Hop(sent, received, ring.group, ring.ranks, ring.rank, what=what)
-
-
 def _slices(q: Tensor, block: Block, tile: Tile) -> tuple[Tensor, Tensor, Tensor]:
     k, v = block[0], block[1]
     return q[tile.q_start : tile.q_end], k[tile.k_start : tile.k_end], v[tile.k_start : tile.k_end]
-
-
-def _own_slots(block: Tensor, context: SequenceContext) -> list[Tensor]:
-    """The own chunks of [2, S, M, H], each [chunk, M, H], of keys and of values."""
-    slots = len(context.layout.chunks[0])
-    return list(block.unflatten(1, (slots, -1)).flatten(0, 1))
-
-
-def _by_slot(row: Tensor, context: SequenceContext) -> list[Tensor]:
-    """Where `layout.gathered_places` has the ranks' chunks, in the order of `_own_slots`: [R, chunk, M, H] each."""
-    slots = len(context.layout.chunks[0])
-    parts = row.unflatten(1, (slots, context.layout.ring, -1))
-    return [of_kind[slot] for of_kind in parts for slot in reversed(range(slots))]

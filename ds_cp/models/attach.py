@@ -80,6 +80,7 @@ class Handle:
     methods: Methods
     loss: CausalLMLoss
     loss_chunk: int | Literal["auto"] = 0
+    loss_kernel: Literal["auto", "liger"] = "auto"
     tiled_mlp: bool = False
     activation_offload: bool = False
     watch: Watch | None = None
@@ -103,7 +104,7 @@ class Handle:
         if self.model.config.get_text_config()._attn_implementation != IMPLEMENTATION:
             raise ValueError(f"model: {type(self.model).__name__} does not let its attention implementation be set")
         self.model.loss_function = self._loss_function
-        self._head = lm_head.Door(self.model, self.loss_chunk)
+        self._head = lm_head.Door(self.model, self.loss_chunk, self.loss_kernel)
         self._head.apply()
         self._mlps = mlp.Door(self.model, self.tiled_mlp)
         self._mlps.apply()

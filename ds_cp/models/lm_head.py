@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ds_cp.batch import SequenceContext
+from ds_cp.liger_head import liger_loss, missing
 from ds_cp.tiled_head import FUSED_DTYPES, Head, Terms, joined, tiled_loss
 from ds_cp.token_values import TokenValues, token_values
 
@@ -48,9 +49,9 @@ class Call:
 class Door:
     """The head of one attached model."""
 
-    def __init__(self, model: PreTrainedModel, chunk: int | Literal["auto"]) -> None:
+    def __init__(self, model: PreTrainedModel, chunk: int | Literal["auto"], kernel: Literal["auto", "liger"] = "auto") -> None:
         self.module = model.get_output_embeddings()
-        self.chunk = chunk
+        self.chunk, self.kernel = chunk, kernel
         self._scale, self._softcap = scaling(model.config)
         self._plain: Callable[[Tensor], Tensor] | None = None
         self._had_own_forward = False
@@ -80,6 +81,10 @@ class Door:
         targets, tile = local.get("labels"), 0
         if targets is not None and self._plain is not None and not asked.get("return_logits"):
             tile = tile_of(self.chunk, vocabulary(self.module), targets.numel(), self._logit_bytes())
+            if self.kernel == "liger":
+                tile = targets.numel()  # it picks its own
+                if context.weights is not None:
+                    raise ValueError("batch: loss_weights: Liger's loss has none; set sequence_parallel.loss_kernel to auto")
         values = asked.get("token_values")
         if values is not None:
             assert targets is not None
@@ -141,6 +146,8 @@ class Door:
         head = Head(self._plain, tuple(self.module.parameters()), _is_linear(self.module, self._plain), self._scale, self._softcap)
         if call.values is not None:
             call.local, output = token_values(hidden, head, tile, call.targets, call.values)
+        elif self.kernel == "liger":
+            call.local, output = liger_loss(hidden, head, call.targets, call.terms)
         else:
             call.local, output = tiled_loss(hidden, head, tile, call.targets, call.weights, call.terms)
         call.expected = head.score_(output.detach().to(torch.float32, copy=True))
@@ -176,6 +183,22 @@ def vocabulary(module: nn.Module) -> int:
 def is_composite(module: nn.Module | None) -> bool:
     """A head of several modules (LoRA's): under ZeRO-3 they would be gathered one by one, in every tile."""
     return module is not None and any(True for _ in module.children())
+
+
+def refuse_liger(model: PreTrainedModel, device: str) -> None:
+    """Raises a ValueError where Liger's loss would not be this model's, or cannot be had."""
+    head, (scale, _) = model.get_output_embeddings(), scaling(model.config)
+    reason = None
+    if head is None or not _is_linear(head, head.forward):
+        reason = f"the output head of {type(model).__name__} is no plain linear layer"
+    elif scale != 1:
+        reason = f"{type(model).__name__} scales its logits by {scale:g}, which Liger does not"
+    elif device != "cuda":
+        reason = f"its kernel is Triton, for GPUs, and this run is on {device}"
+    elif (why := missing()) is not None:
+        reason = f"it cannot be loaded here: {why}; pip install liger-kernel"
+    if reason is not None:
+        raise ValueError(f"sequence_parallel.loss_kernel: liger: {reason}; or set it to auto")
 
 
 def _is_linear(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> bool:

@@ -62,7 +62,9 @@ IMPORTS = _table(
         "placement": "balance layout mesh comm convolution kernels.delta",
         "batch": "layout tiles mesh",
         "packing": "batch",
-        "ring": "tiles comm batch lanes",
+        "ring": "ring_keys ring_sums tiles batch lanes",
+        "ring_keys": "tiles comm batch lanes",
+        "ring_sums": "ring_keys tiles comm batch lanes",
         "attention": "ring head_chunks tiles comm batch",
         "head_chunks": "ring comm batch",
         "delta": "comm batch",
@@ -71,6 +73,7 @@ IMPORTS = _table(
         "mamba1": "delta kernels.selective batch",
         "mamba2": "delta kernels.ssd kernels.delta batch",
         "tiled_head": "batch kernels.token_loss_cuda",
+        "liger_head": "batch tiled_head",
         "kernels.token_loss_cuda": "",
         "replay": "",
         "offload": "",
@@ -83,8 +86,9 @@ IMPORTS = _table(
         "models": "batch attention delta loss",
         "planner": "config topology layout tiles",
         "planner.read": "planner checking models",
-        "engine": "config topology layout comm factor preflight tiles mesh kernels.attention kernels.delta kernels.choice "
-        "kernels.probe batch attention delta loss loader models",
+        "resolve": "config topology kernels.attention kernels.delta kernels.choice kernels.probe batch models",
+        "table": "config layout kernels.choice batch mesh models",
+        "engine": "resolve table config topology comm factor preflight mesh kernels.choice batch loss loader models",
         "meter": "balance batch comm mesh models planner planner.read",
         "trainer": "engine",
         "trl_trainers": "engine config mesh models",
@@ -92,7 +96,7 @@ IMPORTS = _table(
         "explain": "balance layout tiles",
         "checking": "balance config layout preflight topology models",
         "machines": "comm mesh tiles kernels.attention kernels.choice",
-        "prove": "checking comm config engine factor launch machines mesh models placement preflight selftest topology",
+        "prove": "checking comm config engine factor launch machines mesh models placement preflight resolve selftest topology",
         "cli": "config planner selftest explain",
     }
 )
@@ -111,14 +115,16 @@ BEYOND = _table(
         "lightning": "reshard",  # moving heads
         "kda": "reshard",
         "ring": "kernels.merge kernels.sums kernels.attention",  # merging; what sums gradients; Score
+        "ring_sums": "kernels.sums",  # what sums gradients
+        "resolve": "balance",  # chunks, which no kernel is asked about
         "loader": "models",  # the mesh and the reduction of an engine's model
         "loss": "batch tiled_head",  # SequenceContext and IGNORE; what a token's loss is made of
         # windows and chunks; chosen keys, in tiles
         # same-row check; shapes of recurrent layers; tiles; Score; the balance loss; the one rank of a trial
-        "models": "balance watch late comm mesh topology kernels.delta kernels.attention tiled_head token_values tiled_module "
-        "offload router_loss convolution indexed layout mamba1 mamba2 lightning kda",
-        # the public function; who is there; the process group; what ranks must have alike; chunks, which no kernel is asked about
-        "engine": "balance token_values watch launch agreement meter",
+        "models": "balance watch late comm mesh topology kernels.delta kernels.attention tiled_head liger_head token_values "
+        "tiled_module offload router_loss convolution indexed layout mamba1 mamba2 lightning kda",
+        # the public function; who is there; the process group; what ranks must have alike
+        "engine": "token_values watch launch agreement meter",
         "launch": "config agreement",  # a config that one rank cannot read, or reads otherwise, ends all of them
         # reads the block, counts targets and verifies the factor as engine does; stopping and saving
         "trainer": "batch comm config factor mesh deal reliable agreement preflight trl_trainers meter",
@@ -132,10 +138,11 @@ BEYOND = _table(
 
 OUTSIDE = _table(
     {
-        "transformers": "models checking planner.read prove engine meter trainer trl_trainers selftest reliable",
-        "deepspeed": "mesh loss engine trainer factor selftest launch prove",
+        "transformers": "models checking planner.read prove engine table meter trainer trl_trainers selftest reliable",
+        "deepspeed": "mesh loss engine resolve trainer factor selftest launch prove",
         "flash_attn": "kernels.attention kernels.flash4_hopper",
         "cutlass": "kernels.flash4_hopper",
+        "liger_kernel": "liger_head",
         "fla": "kernels kernels.attention kernels.delta",
         "triton": "kernels.token_loss_cuda kernels.merge_cuda kernels.blocked_cuda kernels.delta",
     }

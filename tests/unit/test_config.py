@@ -38,6 +38,7 @@ WHOLE_BLOCK = """
     "delta_kernel": "auto",        // fla | reference
     "loss_reduction": "auto",      // mean | token_mean | sum (3.3)
     "loss_chunk": "auto",          // tokens per logits tile; 0 = materialise logits
+    "loss_kernel": "auto",         // liger
     "tiled_mlp": "auto",
     "activation_offload": false    // checkpointed activations to pinned host memory
   }

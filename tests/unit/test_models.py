@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from ds_cp import engine, selftest, topology
+from ds_cp import resolve, selftest, topology
 from ds_cp.batch import IGNORE, Methods
 from ds_cp.kernels import attention as kernels
 from ds_cp.kernels import delta as deltas
@@ -358,7 +358,7 @@ def test_a_row_without_targets_has_a_loss_and_a_gradient_of_zero() -> None:
     ],
 )
 def test_kernels_are_asked_for_the_dtype_that_deepspeed_will_make(section: dict[str, Any], wanted: torch.dtype) -> None:
-    assert engine.compute_dtype(section, torch.nn.Linear(2, 2)) == wanted
+    assert resolve.compute_dtype(section, torch.nn.Linear(2, 2)) == wanted
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -167,3 +167,22 @@ def test_impossible_terms_are_refused(terms: dict[str, float]) -> None:
     attached(model)
     with pytest.raises(ValueError, match=r"label_smoothing must be in \[0, 1\)"):
         model(**BATCH, **terms)
+
+
+def test_ligers_loss_is_refused_where_it_would_be_another() -> None:
+    model = selftest.tiny_model("llama")
+    with pytest.raises(ValueError, match=r"loss_kernel: liger: its kernel is Triton, for GPUs, and this run is on cpu; or set it"):
+        lm_head.refuse_liger(model, "cpu")
+    model.config.logit_scale = 0.5
+    with pytest.raises(ValueError, match=r"scales its logits by 0\.5"):
+        lm_head.refuse_liger(model, "cuda")
+    model.lm_head = nn.Sequential(model.lm_head)
+    with pytest.raises(ValueError, match="is no plain linear layer"):
+        lm_head.refuse_liger(model, "cuda")
+
+
+def test_ligers_loss_has_no_weights_of_tokens() -> None:
+    model = selftest.tiny_model("llama")
+    attached(model, loss_kernel="liger")
+    with pytest.raises(ValueError, match="loss_weights: Liger's loss has none"):
+        model(**BATCH, loss_weights=torch.ones(BATCH["input_ids"].shape))
