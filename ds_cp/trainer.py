@@ -269,6 +269,7 @@ def _check_arguments(trainer: HfTrainer) -> None:
         "model_init": (trainer.model_init is not None, "pass the model itself"),
         "use_liger_kernel": (args.use_liger_kernel, "set it to False"),
         "torch_compile": (args.torch_compile, "set it to False"),
+        "parallelism_config": (_splits_rows(args.parallelism_config), "leave it out: the sequence_parallel block takes its place"),
         "auto_find_batch_size": (args.auto_find_batch_size, "set it to False"),
         "enable_jit_checkpoint": (args.enable_jit_checkpoint, "set it to False: SIGTERM saves and stops all ranks together anyway"),
     }
@@ -280,6 +281,11 @@ def _check_arguments(trainer: HfTrainer) -> None:
             "accelerator_config: split_batches and dispatch_batches hand out batches by global rank, but the ranks of a sequence "
             "group need the same row; leave both unset"
         )
+
+
+def _splits_rows(parallelism: Any) -> bool:
+    """Of accelerate's: whether its ranks share rows or layers, as DeepSpeed's ALST makes them."""
+    return parallelism is not None and parallelism.non_data_parallel_size > 1
 
 
 def _stream(dataset: IterableDataset, workers: int, mesh: Mesh, is_training: bool) -> IterableDataset:

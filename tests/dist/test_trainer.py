@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import ParallelismConfig
 
 from ds_cp.deal import Passes
 from tests.dist import trainer_jobs
@@ -181,6 +182,7 @@ def test_streams_that_would_give_rows_twice_are_refused(pool, tmp_path: Path) ->
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "custom loss": ({"trainer": {"compute_loss_func": trainer_jobs.custom_loss}}, "compute_loss_func: not in this version"),
+    "ALST": ({"parallelism_config": ParallelismConfig(sp_size=2, sp_backend="deepspeed")}, "parallelism_config: not in this"),
     "split batches": ({"accelerator_config": {"split_batches": True}}, "the ranks of a sequence group need the same row"),
 }
 

@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -148,3 +149,16 @@ def test_messages_that_a_page_quotes_are_said_by_the_code(page: str, least: int)
     assert len(found) >= least
     assert [message for message in found if not said(message, sources)] == []
     assert not said("torch extension: ... was left by a process that fell asleep", sources)
+
+
+def test_the_index_has_every_page() -> None:
+    linked = set(re.findall(r"\]\((\w+\.md)", (ROOT / "docs" / "README.md").read_text(encoding="utf-8")))
+    assert {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"} == linked
+
+
+def test_migration_was_read_in_the_versions_that_are_installed() -> None:
+    """With another version the lines that the page tells of have to be read again."""
+    text = (ROOT / "docs" / "migration.md").read_text(encoding="utf-8")
+    for name in ("DeepSpeed", "accelerate", "transformers"):
+        read = set(re.findall(rf"\b{name} (\d+\.\d+\.\d+)", text))
+        assert read == {metadata.version(name.lower())}, name
