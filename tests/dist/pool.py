@@ -11,17 +11,19 @@ from __future__ import annotations
 
 import atexit
 import faulthandler
+import gc
 import importlib
 import os
 import queue
 import signal
-import socket
 import time
 import traceback
 from collections.abc import Callable
 from typing import Any
 
 import torch.multiprocessing as mp
+
+from tests.ports import free_port
 
 TIMEOUT_S = 240
 
@@ -41,9 +43,7 @@ class Pool:
     def __init__(self, world: int, local_world: int | None = None, device: str = "cpu") -> None:
         self.world = world
         context = _context(device)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         self._jobs = [context.Queue() for _ in range(world)]
         self._results = context.Queue()
         self._processes = [
@@ -124,6 +124,8 @@ def _work(rank: int, world: int, local_world: int, port: int, device: str, jobs:
         torch.cuda.set_device(rank)
     deepspeed.init_distributed(dist_backend="nccl" if device == "cuda" else "gloo", verbose=False)
     while True:
+        gc.collect()
+        gc.freeze()  # what is here now is for good; ZeRO-3 collects in every initialization, among 100,000 objects
         name, kwargs = jobs.get()
         module, _, function = name.partition(":")
         try:
