@@ -16,7 +16,7 @@ from transformers import HfArgumentParser
 
 import ds_cp
 from ds_cp import cli, config
-from tests.unit.docs_commands import PAGES, ROOT, Command, commands
+from tests.unit.docs_commands import HISTORY, PAGES, ROOT, Command, commands
 
 KNOWN = ("scripts/quickstart", "scripts/test", "sudo", "accelerate", "source", "python")
 """Commands that other tests and CI start (tests/unit/test_commands.py); here only their files are looked for."""
@@ -162,3 +162,13 @@ def test_migration_was_read_in_the_versions_that_are_installed() -> None:
     for name in ("DeepSpeed", "accelerate", "transformers"):
         read = set(re.findall(rf"\b{name} (\d+\.\d+\.\d+)", text))
         assert read == {metadata.version(name.lower())}, name
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != HISTORY], ids=lambda page: page.name)
+def test_files_that_a_page_names_are_there(page: Path) -> None:
+    code = re.findall(r"`([^`\n]+)`", page.read_text(encoding="utf-8"))
+    named = {path for words in code for path in re.findall(r"(?<![\w/])(?:ds_cp|tests|scripts|ds_configs)/[\w/]+\.\w+", words)}
+    mine = {path for path in named if "NAME" not in path}  # what a reader adds
+    assert {path for path in mine if not (ROOT / path).exists()} == set()
+    tests = {found for words in code for found in re.findall(r"(tests/[\w/]+\.py)::(\w+)", words)}
+    assert {found for found in tests if f"def {found[1]}(" not in (ROOT / found[0]).read_text(encoding="utf-8")} == set()
