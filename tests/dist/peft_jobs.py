@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from peft import LoraConfig, get_peft_model
+import torch
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from ds_cp import selftest
 from tests.dist import jobs
@@ -15,6 +17,34 @@ def with_adapters(modules: list[str] | str, changes: dict[str, Any] | None = Non
     """A tiny model under LoRA whose adapters all have gradients: peft starts one of each pair at zero."""
     config = LoraConfig(r=3, lora_alpha=6, target_modules=modules, init_lora_weights=False)
     return get_peft_model(selftest.tiny_model(model_type, **(changes or {})), config)
+
+
+def quantized(folder: str, modules: list[str]) -> nn.Module:
+    """QLoRA as peft makes it: the frozen weights in bitsandbytes' nf4, stored as numbers that ZeRO-3 can share out."""
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.float32,
+        bnb_4bit_quant_storage=torch.float32,
+    )
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=nf4, device_map="cpu")
+    model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    torch.manual_seed(1)
+    return get_peft_model(model, LoraConfig(r=3, lora_alpha=6, target_modules=modules, init_lora_weights=False))
+
+
+def qlora(folder: str, block: dict[str, Any], stage: int, modules: list[str]) -> tuple[float, float, str, float]:
+    """As `lora`, over quantized weights, which are not compared: their bits are no numbers."""
+    batches = jobs.rows(2, 50)
+    alone, model = quantized(folder, modules), quantized(folder, modules)
+    wanted_loss, wanted = selftest.reference(alone, batches, "mean")
+    config = selftest.ds_config(stage, {**block, "loss_reduction": "mean"}, accumulation=2)
+    loss, gradients = selftest.sharded(model, config, [batches])
+    adapters = [name for name, p in alone.named_parameters() if p.requires_grad]
+    given, asked = ({name: each[name] for name in adapters} for each in (gradients, wanted))
+    report = selftest.compare(loss, given, wanted_loss, asked)
+    assert sum(error > 0 for error in report.errors.values()) > 0, "nothing was trained"
+    return report.loss, report.loss_error, *report.worst
 
 
 def lora(

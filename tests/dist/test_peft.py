@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from ds_cp import selftest
 from tests.dist import peft_jobs, pictures
 from tests.dist.test_parity import assert_parity, block
 
@@ -30,3 +33,10 @@ def test_adapters_with_everything_in_tiles_and_checkpointing(pool, reentrant: bo
     words = {"tiled_mlp": True, "loss_chunk": 37, "activation_offload": True}
     run = {"modules": [*INNER, "lm_head"], "checkpointing": reentrant, "length": 300}
     assert_parity(pool(2).run(peft_jobs.lora, block=block(2, 1, **words), stage=stage, **run))
+
+
+@pytest.mark.parametrize(("stage", "mesh"), [(0, (2, 1)), (2, (1, 2)), (3, (1, 2))])
+def test_adapters_on_quantized_weights(pool, tmp_path: Path, stage: int, mesh: tuple[int, int]) -> None:
+    """QLoRA: bitsandbytes' 4-bit layers, against the same layers in one process."""
+    selftest.tiny_model("llama").save_pretrained(tmp_path)
+    assert_parity(pool(2).run(peft_jobs.qlora, folder=str(tmp_path), block=block(*mesh), stage=stage, modules=INNER))
