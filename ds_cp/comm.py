@@ -13,59 +13,59 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ds_cp.timing import EXCHANGE, RING, Waits, timed
 
-def all_to_all(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+
+def all_to_all(x: Tensor, group: dist.ProcessGroup | None, waits: Waits | None = None) -> Tensor:
     """Exchanges equal parts of dim 0: part j of rank i becomes part i of rank j.
 
     Shards: `x_i` is [w, ...] with `x_i[j]` meant for rank j.
     Forward: `y_j[i] = x_i[j]`.  Backward: `dx_i[j] = g_j[i]`, the same exchange (its own inverse).
     """
-    return x if group is None else _AllToAll.apply(x, group)
+    return x if group is None else _AllToAll.apply(x, group, waits)
 
 
 class _AllToAll(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return _exchange(x, group)
+    def forward(ctx, x: Tensor, group: dist.ProcessGroup, waits: Waits | None) -> Tensor:
+        ctx.rest = group, waits
+        return _exchange(x, group, waits)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return _exchange(grad, ctx.group), None
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _exchange(grad, *ctx.rest), None, None
 
 
-def _exchange(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+def _exchange(x: Tensor, group: dist.ProcessGroup, waits: Waits | None) -> Tensor:
     x = x.contiguous()
     out = torch.empty_like(x)
-    _all_to_all_single(out, x, group)
+    with _named("all-to-all", group, waits):
+        dist.all_to_all_single(out, x, group=group)
     return out
 
 
-def _all_to_all_single(
-    out: Tensor, x: Tensor, group: dist.ProcessGroup, received: list[int] | None = None, sent: list[int] | None = None
-) -> None:
-    with _named("all-to-all", group):
-        dist.all_to_all_single(out, x, received, sent, group=group)
-
-
 @contextmanager
-def _named(what: str, group: dist.ProcessGroup) -> Iterator[None]:
-    """An error inside says which collective of which ranks it was."""
+def _named(what: str, group: dist.ProcessGroup, waits: Waits | None = None) -> Iterator[None]:
+    """An error inside says which collective of which ranks it was, a profiler's range which axis."""
     try:
-        yield
+        with timed(f"ds_cp {what} ({group.group_desc.removeprefix('ds_cp:')})", waits, EXCHANGE):
+            yield
     except RuntimeError as error:
         ranks = dist.get_process_group_ranks(group)
         raise RuntimeError(f"ds_cp: the {what} of ranks {ranks} failed on rank {dist.get_rank()}: {error}") from error
 
 
-def exchange(x: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
+def exchange(
+    x: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup, waits: Waits | None = None, what: str = "all-to-all"
+) -> Tensor:
     """Exchanges parts of dim 0 of different sizes. No gradient passes.
 
     Shards: `x_i` [sum(sent_i), ...], contiguous, its j-th part of `sent_i[j]` entries meant for rank j; `sent_i[j]` is
     `received_j[i]`. Result: `y_j` [sum(received_j), ...], what came from rank 0, 1, ...
     """
     out = x.new_empty((sum(received), *x.shape[1:]))
-    _all_to_all_single(out, x, group, received, sent)
+    with _named(what, group, waits):
+        dist.all_to_all_single(out, x, received, sent, group=group)
     return out
 
 
@@ -89,31 +89,32 @@ class _ExchangeRows(torch.autograd.Function):
         return exchange(grad.contiguous(), *ctx.rest), None, None, None
 
 
-def all_gather(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+def all_gather(x: Tensor, group: dist.ProcessGroup | None, waits: Waits | None = None) -> Tensor:
     """Stacks the ranks' tensors on a new dim 0.
 
     Shards: `x_i` [...], the same shape on every rank.
     Forward: `y_j[i] = x_i` on every j.  Backward: `dx_i = sum_j g_j[i]`: the adjoint, so gradients are those of the sum of
     the ranks' losses; DeepSpeed's averaging turns that into their mean.
     """
-    return x.unsqueeze(0) if group is None else _AllGather.apply(x, group)
+    return x.unsqueeze(0) if group is None else _AllGather.apply(x, group, waits)
 
 
 class _AllGather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
+    def forward(ctx, x: Tensor, group: dist.ProcessGroup, waits: Waits | None) -> Tensor:
+        ctx.group, ctx.waits = group, waits
         ctx.shape, ranks = x.shape, dist.get_world_size(group)
         out = x.new_empty(ranks * x.numel())
-        with _named("all-gather", group):
+        with _named("all-gather", group, waits):
             dist.all_gather_into_tensor(out, x.contiguous().view(-1), group=group)
         return out.view(ranks, *x.shape)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         out = grad.new_empty(ctx.shape.numel())
-        dist.reduce_scatter_tensor(out, grad.contiguous().view(-1), group=ctx.group)
-        return out.view(ctx.shape), None
+        with _named("reduce-scatter", ctx.group, ctx.waits):
+            dist.reduce_scatter_tensor(out, grad.contiguous().view(-1), group=ctx.group)
+        return out.view(ctx.shape), None, None
 
 
 def all_sum(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
@@ -142,26 +143,34 @@ class Hop:
         ranks: tuple[int, ...],
         rank: int,
         what: str,
+        waits: Waits | None = None,
     ) -> None:
         assert all(x.is_contiguous() for x, _ in (*sent, *received))
         self._what = "; ".join(
             [f"{what} hop from rank {ranks[peer]} to rank {ranks[rank]}" for _, peer in received]
             or [f"{what} hop from rank {ranks[rank]} to rank {ranks[peer]}" for _, peer in sent]
         )
+        self._kind, self._waits = what, waits
         self._sent = sent  # kept alive until the work is done
         sends = [dist.P2POp(dist.isend, x, ranks[peer], group) for x, peer in sent]
         receives = [dist.P2POp(dist.irecv, x, ranks[peer], group) for x, peer in received]
         self._work = dist.batch_isend_irecv(sends + receives) if sends or receives else []
 
-    def wait(self) -> None:
+    def wait(self, streams: Sequence[torch.cuda.Stream] = ()) -> None:
         """What was sent may be overwritten from now on, what was received be read.
+
+        Args:
+            streams: as of `timing.timed`.
 
         Raises:
             RuntimeError: it did not come within `comm_timeout_s`, or the neighbour is gone.
         """
+        if not self._work:
+            return
         try:
-            for work in self._work:
-                work.wait()
+            with timed(f"ds_cp {self._kind} hop: wait", self._waits, RING, streams):
+                for work in self._work:
+                    work.wait()
         except RuntimeError as error:
             raise RuntimeError(f"ds_cp: the {self._what} failed: {error}") from error
 
@@ -172,22 +181,26 @@ class Gather:
     Shards: `sent` are contiguous tensors, of the same shapes on all ranks. They must not change before `wait`.
     """
 
-    def __init__(self, sent: Sequence[Tensor], received: Sequence[Tensor], group: dist.ProcessGroup) -> None:
-        self._sent = sent  # kept alive until the work is done
+    def __init__(
+        self, sent: Sequence[Tensor], received: Sequence[Tensor], group: dist.ProcessGroup, waits: Waits | None = None
+    ) -> None:
+        self._sent, self._waits = sent, waits  # kept alive until the work is done
         flat = [(into.view(-1), x.view(-1)) for x, into in zip(sent, received, strict=True)]
         self._work = [dist.all_gather_into_tensor(into, x, group=group, async_op=True) for into, x in flat]
 
     def wait(self) -> None:
-        for work in self._work:
-            work.wait()
+        with timed("ds_cp key/value gather: wait", self._waits, RING):
+            for work in self._work:
+                work.wait()
 
 
-def reduce_scatter(parts: Sequence[Tensor], group: dist.ProcessGroup) -> list[Tensor]:
+def reduce_scatter(parts: Sequence[Tensor], group: dist.ProcessGroup, waits: Waits | None = None) -> list[Tensor]:
     """Sums over ranks, of which each keeps its part. No gradient passes.
 
     Shards: `parts[p]` on rank i is [w, ...], contiguous, with `parts[p][j]` meant for rank j. Result: `y_j = sum_i x_i[j]` of each.
     """
     sums = [torch.empty_like(part[0]) for part in parts]
-    for into, part in zip(sums, parts, strict=True):
-        dist.reduce_scatter_tensor(into.view(-1), part.view(-1), group=group)
+    with timed("ds_cp gradient reduce-scatter", waits, RING):
+        for into, part in zip(sums, parts, strict=True):
+            dist.reduce_scatter_tensor(into.view(-1), part.view(-1), group=group)
     return sums

@@ -23,6 +23,19 @@ Degree = Annotated[int, Field(ge=1, strict=True)]
 Count = Annotated[int, Field(ge=0, strict=True)]
 
 
+class Profile(BaseModel):
+    """`profile` as an object."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+    after: Degree = 3
+    """Optimizer steps of this process before the first recorded one; in the last of them the profiler warms up."""
+    steps: Degree = 2
+    """Optimizer steps to record."""
+    folder: Annotated[str, Field(min_length=1)] = "ds_cp_profile"
+    """Where each rank writes its file, on its own host; made if it is not there."""
+
+
 class Config(BaseModel):
     """The block, as the user wrote it; "auto" is resolved later, once, and printed."""
 
@@ -56,8 +69,10 @@ class Config(BaseModel):
     (a group serves whole key/value heads or is served by one) with activation_offload and an all-to-all, else 1."""
     comm_timeout_s: Annotated[int, Field(ge=1, strict=True)] = 1800
     """Seconds after which a hop or all-to-all that has not finished ends the run."""
-    profile: bool = False
-    """Record a profile of the first steps."""
+    profile: bool | Profile = False
+    """Write a trace of every rank with named ranges (docs/observability.md). true is `{"after": 3, "steps": 2, "folder":
+    "ds_cp_profile"}`: of a process's first optimizer steps the first 3 are left out, the next 2 recorded, in files
+    ds_cp_profile/rank*.json.gz of each host. Give an object to change any of them."""
     attention_kernel: Literal["auto", "flash_attn", "torch_cudnn", "torch_flash", "torch_cpu", "reference"] = "auto"
     """The attention kernel. "auto" on CUDA: flash-attn 4 or 3 where installed, else cuDNN on Hopper for shapes that recur, and
     torch_flash for the rest; on CPU torch_cpu, and reference for models with a softcap."""
@@ -76,15 +91,6 @@ class Config(BaseModel):
     off."""
     activation_offload: bool = False
     """Keep the inputs of checkpointed layers in pinned host memory until backward needs them."""
-
-    @model_validator(mode="after")
-    def _refuse_later_features(self) -> Config:
-        for field, here in THIS_VERSION.items():
-            value = getattr(self, field)
-            if value not in here:
-                allowed = ", ".join(json.dumps(v) for v in here)
-                raise ValueError(f"{field}: {json.dumps(value)} is not in this version of ds_cp; use {allowed}")
-        return self
 
     @model_validator(mode="after")
     def _check_loss(self) -> Config:
@@ -108,10 +114,9 @@ class Config(BaseModel):
         return self
 
 
-THIS_VERSION: Mapping[str, tuple[Any, ...]] = {
-    "profile": (False,),
-}
-"""Values that this version implements, for the fields whose other values come with a later one."""
+def profile_of(block: Config) -> Profile | None:
+    """What is to be recorded; None for nothing."""
+    return (Profile() if block.profile else None) if isinstance(block.profile, bool) else block.profile
 
 
 def divisors(n: int) -> list[int]:
@@ -181,29 +186,31 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _explain(error: ValidationError) -> str:
     sentences = []
     for entry in error.errors():
-        field = str(entry["loc"][0]) if entry["loc"] else ""
+        path = entry["loc"]
+        inside = len(path) > 2  # profile, the kind of its value, the key
+        model: type[BaseModel] = Profile if inside else Config
+        where, field = f"{BLOCK}.profile" if inside else BLOCK, str(path[-1 if inside else 0]) if path else ""
         if entry["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(field, Config.model_fields, n=1, cutoff=0.0)[0]
-            sentences.append(f"{BLOCK}.{field}: unknown key; did you mean {near!r}? Known keys: {_names()}")
+            near = difflib.get_close_matches(field, model.model_fields, n=1, cutoff=0.0)[0]
+            known = ", ".join(model.model_fields)
+            sentences.append(f"{where}.{field}: unknown key; did you mean {near!r}? Known keys: {known}")
         elif entry["type"] == "value_error":
-            sentences.append(f"{BLOCK}.{entry['ctx']['error']}")
-        else:
-            sentences.append(f"{BLOCK}.{field}: got {entry['input']!r}, allowed: {_allowed(field)}")
+            sentences.append(f"{where}.{entry['ctx']['error']}")
+        elif not (field == "profile" and isinstance(entry["input"], Mapping)):  # else its own fields say what is wrong
+            sentences.append(f"{where}.{field}: got {entry['input']!r}, allowed: {_allowed(model, field)}")
     return "; ".join(dict.fromkeys(sentences))
 
 
-def _names() -> str:
-    return ", ".join(Config.model_fields)
-
-
-def _allowed(field: str) -> str:
-    schema = Config.model_json_schema()["properties"][field]
+def _allowed(model: type[BaseModel], field: str) -> str:
+    schema = model.model_json_schema()["properties"][field]
     parts = []
     for option in schema.get("anyOf", [schema]):
         if "enum" in option:
             parts.append(" | ".join(json.dumps(v) for v in option["enum"]))
         elif "const" in option:
             parts.append(json.dumps(option["const"]))
+        elif "$ref" in option:
+            parts.append(f"an object of {', '.join(Profile.model_fields)}")
         else:
             least = f" >= {option['minimum']}" if "minimum" in option else ""
             parts.append(f"{option['type']}{least}")

@@ -29,6 +29,7 @@ from torch.nn import functional
 
 from ds_cp import comm
 from ds_cp.layout import Range
+from ds_cp.timing import Waits
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +47,7 @@ class Halo:
     counts: tuple[list[int], list[int]]
     """Tokens sent to, and fetched from, each rank."""
     group: dist.ProcessGroup | None
+    waits: Waits | None = None
 
 
 def plan(
@@ -153,7 +155,9 @@ class _Pad(torch.autograd.Function):
 
 
 def _exchanged(message: Tensor, halo: Halo, sent: list[int], received: list[int]) -> Tensor:
-    return message if halo.group is None else comm.exchange(message, sent, received, halo.group)
+    if halo.group is None:
+        return message
+    return comm.exchange(message, sent, received, halo.group, halo.waits, "convolution's halo")
 
 
 def own(x_PC: Tensor, halo: Halo, taken: int = 0) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from ds_cp import agreement, comm, factor, launch, mesh, meter, preflight, topology, watch
+from ds_cp import agreement, comm, factor, launch, mesh, meter, preflight, profiling, topology, watch
 from ds_cp import batch as batches
 from ds_cp import config as configs
 from ds_cp.batch import Methods
@@ -172,6 +172,7 @@ def attach_model(
         activation_offload=block.activation_offload,
         watch=watch.begin(silent_s=min(watch.SILENT_S, block.comm_timeout_s)),
         meter=meter.begin(inner, mesh_),
+        profile=profiling.begin(configs.profile_of(block)),
     )
     handle.apply()
     return handle

@@ -26,6 +26,7 @@ from ds_cp.batch import SequenceContext
 from ds_cp.kernels.attention import Score
 from ds_cp.reshard import by_receiver
 from ds_cp.tiles import Plan
+from ds_cp.timing import ATTENTION, timed
 from ds_cp.topology import HeadSplit, head_chunks_illegal, split_heads
 
 
@@ -45,7 +46,8 @@ class AttentionByHeads(torch.autograd.Function):
         out_TNH, lses, kept = torch.empty_like(q_TNH, memory_format=torch.contiguous_format), [], []
         for group in groups(split, context.methods.head_chunks):
             (q,) = _to_heads([q_TNH], group, context)
-            out, lse, blocks = ring.push(q, k[:, group.kv], v[:, group.kv], _of(sink_n, group), context, plan, score)
+            with timed("ds_cp attention", context.mesh.ring.waits, ATTENTION):
+                out, lse, blocks = ring.push(q, k[:, group.kv], v[:, group.kv], _of(sink_n, group), context, plan, score)
             _to_tokens(out, out_TNH, group, context)
             lses.append(lse)
             kept.append(blocks)
@@ -67,7 +69,8 @@ class AttentionByHeads(torch.autograd.Function):
             q, out, dout = _to_heads([q_TNH, out_TNH, dout_TNH], group, context)
             kv = k[:, group.kv], v[:, group.kv]
             given = dout, q, *kv, _of(sink_n, group), out, lse
-            dq, dk_part, dv_part, dsink = ring.pull(*given, context, plan, score, blocks)
+            with timed("ds_cp attention backward", context.mesh.ring.waits, ATTENTION):
+                dq, dk_part, dv_part, dsink = ring.pull(*given, context, plan, score, blocks)
             dk[:, group.kv] += dk_part
             dv[:, group.kv] += dv_part
             _to_tokens(dq, dq_TNH, group, context)
@@ -106,27 +109,27 @@ def _to_heads(tensors: list[Tensor], group: Group, context: SequenceContext) -> 
     ulysses = context.mesh.ulysses
     message = torch.cat([_by_rank(x, group, ulysses.size).transpose(0, 1) for x in tensors], dim=2)
     heads = message.shape[2] // len(tensors)
-    return comm.all_to_all(message, ulysses.group).flatten(0, 1).split(heads, dim=1)
+    return comm.all_to_all(message, ulysses.group, ulysses.waits).flatten(0, 1).split(heads, dim=1)
 
 
 def _to_tokens(x_SgH: Tensor, into_TNH: Tensor, group: Group, context: SequenceContext) -> None:
     """The inverse for one tensor, into its heads' place."""
     ulysses = context.mesh.ulysses
-    parts_UTgH = comm.all_to_all(x_SgH.unflatten(0, (ulysses.size, -1)), ulysses.group)
+    parts_UTgH = comm.all_to_all(x_SgH.unflatten(0, (ulysses.size, -1)), ulysses.group, ulysses.waits)
     _by_rank(into_TNH, group, ulysses.size).copy_(parts_UTgH.transpose(0, 1))
 
 
 def _key_value_heads(k_TMH: Tensor, v_TMH: Tensor, split: HeadSplit, context: SequenceContext) -> tuple[Tensor, Tensor]:
     """(k, v) [S, m, H]."""
-    ranks = context.mesh.ulysses.size
-    parts = [by_receiver(x, ranks // split.sharing, split.sharing) for x in (k_TMH, v_TMH)]
-    mixed = comm.all_to_all(torch.cat(parts, dim=3).flatten(0, 1), context.mesh.ulysses.group)
+    ulysses = context.mesh.ulysses
+    parts = [by_receiver(x, ulysses.size // split.sharing, split.sharing) for x in (k_TMH, v_TMH)]
+    mixed = comm.all_to_all(torch.cat(parts, dim=3).flatten(0, 1), ulysses.group, ulysses.waits)
     return mixed.flatten(0, 1).split(split.kv, dim=1)
 
 
 def _key_value_tokens(dk_SmH: Tensor, dv_SmH: Tensor, split: HeadSplit, context: SequenceContext) -> tuple[Tensor, Tensor]:
     """Their gradients [T, M, H]: those of heads that several ranks hold are summed."""
-    ranks = context.mesh.ulysses.size
-    message = torch.cat([x.unflatten(0, (ranks, -1)) for x in (dk_SmH, dv_SmH)], dim=2)
-    mixed = comm.all_to_all(message, context.mesh.ulysses.group).unflatten(0, (-1, split.sharing)).sum(1)
+    ulysses = context.mesh.ulysses
+    message = torch.cat([x.unflatten(0, (ulysses.size, -1)) for x in (dk_SmH, dv_SmH)], dim=2)
+    mixed = comm.all_to_all(message, ulysses.group, ulysses.waits).unflatten(0, (-1, split.sharing)).sum(1)
     return tuple(x.transpose(0, 1).flatten(1, 2) for x in mixed.split(split.kv, dim=2))

@@ -25,6 +25,10 @@ class Lanes:
         """What is launched inside belongs to this turn. Not to be nested."""
         return nullcontext() if self._streams is None or number % 2 == 0 else _Current(*self._streams)
 
+    def others(self, number: int) -> tuple[torch.cuda.Stream, ...]:
+        """Streams that turns beside this one are on."""
+        return () if self._streams is None else (self._streams[(number + 1) % 2],)
+
     def order(self, first: int, then: int) -> None:
         """What the turn `then` is given from here on comes after what `first` was given before."""
         if self._streams is not None and (first - then) % 2:

@@ -9,12 +9,13 @@ import math
 import os
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from operator import itemgetter
 
 import torch.distributed as dist
 
+from ds_cp.timing import Waits
 from ds_cp.topology import AXES, Axis, Topology
 
 LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE")
@@ -27,6 +28,8 @@ class AxisGroup:
     group: dist.ProcessGroup | None
     ranks: tuple[int, ...]
     rank: int
+    waits: Waits = field(default_factory=Waits, compare=False, repr=False)
+    """What this rank has waited for others, and computed of attention; one for all axes."""
 
     @property
     def size(self) -> int:
@@ -52,7 +55,8 @@ def build(topology: Topology, timeout_s: int) -> Mesh:
     """
     assert dist.get_world_size() == topology.world, (dist.get_world_size(), topology)
     atexit.register(_end_gloo)
-    axes = {axis: _axis(topology, axis, datetime.timedelta(seconds=timeout_s)) for axis in AXES}
+    waits = Waits(cuda="nccl" in dist.get_backend())
+    axes = {axis: _axis(topology, axis, datetime.timedelta(seconds=timeout_s), waits) for axis in AXES}
     if axes["ring"].group is not None:  # NCCL wants all ranks of a group in its first call; a hop may have some of them only
         dist.barrier(group=axes["ring"].group)
     return Mesh(topology=topology, **axes)
@@ -92,12 +96,12 @@ def neighbours(ranks: Sequence[tuple[str, int]]) -> int:
     return math.gcd(*runs, *(said for _, said in ranks))
 
 
-def _axis(topology: Topology, axis: Axis, timeout: datetime.timedelta) -> AxisGroup:
+def _axis(topology: Topology, axis: Axis, timeout: datetime.timedelta, waits: Waits) -> AxisGroup:
     mine = dist.get_rank()
     found: AxisGroup | None = None
     for ranks in topology.groups(axis):
         group = dist.new_group(ranks, timeout=timeout, group_desc=f"ds_cp:{axis}") if len(ranks) > 1 else None
         if mine in ranks:
-            found = AxisGroup(group=group, ranks=tuple(ranks), rank=ranks.index(mine))
+            found = AxisGroup(group=group, ranks=tuple(ranks), rank=ranks.index(mine), waits=waits)
     assert found is not None
     return found

@@ -28,6 +28,7 @@ from ds_cp.batch import SequenceContext
 from ds_cp.mesh import Mesh
 from ds_cp.models import attach, checks, family_of, indexer, vision
 from ds_cp.planner import machine, read
+from ds_cp.timing import ATTENTION, EXCHANGE, KINDS, RING
 
 PREFIX = "Train/ds_cp/"
 
@@ -108,7 +109,7 @@ class Meter:
 
     def __init__(self, mesh: Mesh, work: Work, peak: float | None) -> None:
         """`peak`: FLOP/s of a GPU, None where it is not known."""
-        self._mesh, self._work, self._peak = mesh, work, peak
+        self._mesh, self._work, self._peak, self._waits = mesh, work, peak, mesh.seq.waits
         self._first: int | None = None
         self._step = -1
         self._report: Callable[[], None] | None = None
@@ -117,7 +118,12 @@ class Meter:
 
     def _begin(self) -> None:
         self._tokens, self._flops, self._busiest, self._steps, self._seconds = 0, 0.0, 0.0, 0, 0.0
-        self._since: float | None = None
+        self._count_from(None)
+
+    def _count_from(self, since: float | None) -> None:
+        """A step's time, and its waits, are counted from then on; None: they are not."""
+        self._since: float | None = since
+        self._waits.counting = since is not None
 
     def report(self, every: int, write: Callable[[], None]) -> None:
         """Calls `write` after every so many optimizer steps, when the next one begins. The same `every` on all ranks."""
@@ -139,7 +145,8 @@ class Meter:
         if self._since is None:
             if self._steps == 1 and not self._tokens:
                 _wait_for_device()  # which may still be at the first step
-            self._since = time.perf_counter()
+            self._count_from(time.perf_counter())
+        self._waits.settle()
         documents = context.documents if context.documents[-1] == context.rows.tokens else context.documents[:-1]
         self._tokens += documents[-1]
         self._flops += self._work.of(documents)
@@ -149,7 +156,8 @@ class Meter:
     def rest(self) -> None:
         """What follows until the next training pass is not part of a step: evaluation, saving."""
         if self._since is not None:
-            self._seconds, self._since = self._seconds + time.perf_counter() - self._since, None
+            self._seconds += time.perf_counter() - self._since
+            self._count_from(None)
 
     def read(self) -> dict[str, float]:
         """The figures since the last reading, of the whole job; nothing before the second step has ended.
@@ -159,16 +167,17 @@ class Meter:
         _wait_for_device()
         going_on = self._since is not None
         self.rest()
-        mine = [self._tokens, self._flops, self._busiest, self._seconds, self._steps]
+        waited = self._waits.take()
+        mine = [self._tokens, self._flops, self._busiest, self._seconds, self._steps, *(waited[kind] for kind in KINDS)]
         seen, now = self._step, time.perf_counter()
         device = torch.device("cuda" if _on_cuda() else "cpu")
         everyone = comm.all_gather(torch.tensor(mine, dtype=torch.float64, device=device), dist.group.WORLD).tolist()
         self._begin()
-        self._since = now if going_on and seen != self._first else None
+        self._count_from(now if going_on and seen != self._first else None)
         return self._figures(everyone)
 
     def _figures(self, everyone: list[list[float]]) -> dict[str, float]:
-        tokens, flops, busiest, seconds, steps = zip(*everyone, strict=True)
+        tokens, flops, busiest, seconds, steps, *waited = zip(*everyone, strict=True)
         ranks, shared, slowest = len(everyone), self._mesh.seq.size, max(seconds)
         if not (slowest > 0 and min(steps) > 0 and sum(flops) > 0):
             return {}
@@ -178,11 +187,21 @@ class Meter:
             "step_seconds": slowest / max(steps),
             "tokens_per_second_per_gpu": job_tokens / slowest / ranks,
             "imbalance": max(busiest) / (job_flops / ranks),
+            **self._measured(dict(zip(KINDS, waited, strict=True)), sum(seconds)),
         }
         if self._work.uncounted is None:
             found["tflops_per_gpu"] = job_flops / slowest / ranks / 1e12
             if self._peak is not None:
                 found["mfu"] = job_flops / slowest / ranks / self._peak
+        return found
+
+    def _measured(self, of_ranks: dict[str, Sequence[float]], seconds: float) -> dict[str, float]:
+        """From the seconds of every rank by kind, and those of all of them."""
+        found = {"exposed_ring": sum(of_ranks[RING]) / seconds, "exposed_exchange": sum(of_ranks[EXCHANGE]) / seconds}
+        busy = [whole - waited for whole, waited in zip(of_ranks[ATTENTION], of_ranks[RING], strict=True)]
+        rows = [[busy[rank] for rank in group] for group in self._mesh.topology.groups("seq")]
+        if all(sum(row) > 0 for row in rows):
+            found["attention_imbalance"] = max(max(row) / (sum(row) / len(row)) for row in rows)
         return found
 
 
@@ -210,7 +229,9 @@ def stats(engine: nn.Module) -> dict[str, float]:
 
     `tokens` (of documents, without padding, of the whole job), `step_seconds`, `tokens_per_second_per_gpu`, `tflops_per_gpu` and
     `mfu` (model FLOPs, where all layers of the model are counted; `mfu` on GPUs whose bf16 peak is known), `imbalance` (FLOPs of
-    the busiest rank over the mean). Empty until the second step has ended, and without sequence parallelism.
+    the busiest rank over the mean); measured: `attention_imbalance` (time in attention, of the busiest rank of a row over its
+    mean), `exposed_ring` and `exposed_exchange` (shares of the step in which compute waits for hops, and for all-to-alls). Empty
+    until the second step has ended, and without sequence parallelism.
     """
     handle = attach.handle_of(engine)
     if handle is None or handle.meter is None:

@@ -86,6 +86,7 @@ def place(plan: Layout, methods: Methods, mesh: Mesh, documents: tuple[int, ...]
     halo = None
     if methods.halo:
         halo = convolution.plan(layouts.shards(held), documents, methods.halo, mesh.seq.rank, mesh.seq.group, device)
+        halo = replace(halo, waits=mesh.seq.waits)
     if methods.delta is None and not methods.scans:
         return Held(layout=held, to_attention=to_attention, to_delta=None, span=None, halo=halo)
     if not pieces:
@@ -93,7 +94,7 @@ def place(plan: Layout, methods: Methods, mesh: Mesh, documents: tuple[int, ...]
         span = deltas.Span(documents)
         to_delta = layouts.route(layouts.shards(held), row, mesh.seq.rank) if mesh.seq.size > 1 else None
     else:
-        span = deltas.piece(documents, ring.rank, ring.size, partial(comm.all_gather, group=ring.group))
+        span = deltas.piece(documents, ring.rank, ring.size, partial(comm.all_gather, group=ring.group, waits=ring.waits))
         group = [held.local_ranges(ring.rank, u) for u in range(ulysses.size)]
         to_delta = layouts.route(group, [held.ring_ranges(ring.rank)] * ulysses.size, ulysses.rank) if ulysses.size > 1 else None
     if device.type != "cpu":

@@ -44,6 +44,7 @@ from ds_cp.lanes import Lanes
 from ds_cp.ring_keys import Block, arriving, kept_blocks
 from ds_cp.ring_sums import backward_gathered, backward_halo, backward_hops
 from ds_cp.tiles import Plan, Tile
+from ds_cp.timing import ATTENTION, each, timed
 
 WAITING = 7
 """Results of so many tiles over all queries are merged at once, or of more tiles over fewer; this bounds the memory."""
@@ -71,7 +72,8 @@ class RingAttention(torch.autograd.Function):
         plan: Plan,
         score: Score,
     ) -> Tensor:
-        out, lse, kept = push(q_SNH, k_SMH, v_SMH, sink_N, context, plan, score)
+        with timed("ds_cp attention", context.mesh.ring.waits, ATTENTION):
+            out, lse, kept = push(q_SNH, k_SMH, v_SMH, sink_N, context, plan, score)
         ctx.save_for_backward(q_SNH, k_SMH, v_SMH, sink_N, out, lse, *kept)
         ctx.rest = context, plan, score
         return out
@@ -79,7 +81,8 @@ class RingAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout_SNH: Tensor) -> tuple[Tensor | None, ...]:
         *saved, context, plan, score = *ctx.saved_tensors, *ctx.rest
-        return *pull(dout_SNH, *saved[:6], context, plan, score, kept=saved[6:]), None, None, None
+        with timed("ds_cp attention backward", context.mesh.ring.waits, ATTENTION):
+            return *pull(dout_SNH, *saved[:6], context, plan, score, kept=saved[6:]), None, None, None
 
 
 def push(
@@ -89,7 +92,7 @@ def push(
     tiles_of, lanes, kept = _Push(q_SNH, context, plan, score), Lanes(context.methods.beside), []
     for turn, block, tiles in arriving(k_SMH, v_SMH, context, plan, lanes, kept if plan.kept else None):
         with lanes.turn(turn):
-            for tile in tiles:
+            for tile in each(tiles, "ds_cp attention tile"):
                 tiles_of.tile(block, tile)
         if tiles_of.full:
             with lanes.alone():

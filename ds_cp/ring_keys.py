@@ -47,7 +47,8 @@ def arriving(k: Tensor, v: Tensor, context: SequenceContext, plan: Plan, lanes: 
         row = block.new_empty((2, context.layout.length, *block.shape[2:]))
         if kept is not None:
             kept.append(row)
-        everyone = comm.Gather(own_slots(block, context), by_slot(row, context), context.mesh.ring.group)
+        ring = context.mesh.ring
+        everyone = comm.Gather(own_slots(block, context), by_slot(row, context), ring.group, ring.waits)
         yield 0, block, steps[0]
         everyone.wait()
         lanes.order(0, 1)
@@ -64,7 +65,7 @@ def arriving(k: Tensor, v: Tensor, context: SequenceContext, plan: Plan, lanes: 
             hop = post(sent, received, context, "key/value")
         yield step, block, tiles
         with lanes.turn(step + 1):
-            hop.wait()
+            hop.wait(lanes.others(step + 1))
         if kept is not None and step and tiles:
             kept.append(block)
             block = torch.empty_like(block) if step < len(steps) - 2 else block
@@ -97,7 +98,7 @@ def _post_halo(k: Tensor, v: Tensor, context: SequenceContext, halo: Halo) -> tu
 
 def post(sent: Sends, received: Sends, context: SequenceContext, what: str) -> comm.Hop:
     ring = context.mesh.ring
-    return comm.Hop(sent, received, ring.group, ring.ranks, ring.rank, what=what)
+    return comm.Hop(sent, received, ring.group, ring.ranks, ring.rank, what, ring.waits)
 
 
 def own_slots(block: Tensor, context: SequenceContext) -> list[Tensor]:

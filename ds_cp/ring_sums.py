@@ -5,6 +5,8 @@ Shapes as in `ds_cp.ring`: S tokens of the ring rank, M key/value heads, H head 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,9 @@ from ds_cp.kernels.sums import Sums
 from ds_cp.lanes import Lanes
 from ds_cp.ring_keys import Blocks, Sends, by_slot, own_slots, post
 from ds_cp.tiles import Plan
+from ds_cp.timing import each
+
+RANGE = "ds_cp attention tile backward"
 
 
 def backward_hops(sums: Sums, blocks: Blocks, k: Tensor, context: SequenceContext, plan: Plan, lanes: Lanes) -> Tensor:
@@ -22,7 +27,7 @@ def backward_hops(sums: Sums, blocks: Blocks, k: Tensor, context: SequenceContex
     for step, block, tiles in blocks:
         with lanes.turn(step):
             into, starts = trip.sum(step), plan.starts[(context.mesh.ring.rank - step) % context.mesh.ring.size]
-            for tile in tiles:
+            for tile in each(tiles, RANGE):
                 sums.add(into, tile, *block, starts)
         trip.leave(step)
         if sums.full:
@@ -53,7 +58,7 @@ class _Trip:
     def leave(self, step: int) -> None:
         """To the rank that adds to it two steps on, or home. The one for the next step has come in."""
         with self._lanes.turn(step + 1):
-            self._wait()
+            self._wait(self._lanes.others(step + 1))
         self._lanes.order(step + 1, step)  # the buffers that were sent are free
         mine, sent, received = self._here.pop(step, None), [], []
         with self._lanes.turn(step):
@@ -75,9 +80,9 @@ class _Trip:
         self._wait()
         return self._home
 
-    def _wait(self) -> None:
+    def _wait(self, streams: Sequence[torch.cuda.Stream] = ()) -> None:
         if self._hop is not None:
-            self._hop.wait()
+            self._hop.wait(streams)
             self._free += [x for x, _ in self._sent]
 
     def _buffer(self) -> Tensor:
@@ -97,11 +102,11 @@ def backward_gathered(sums: Sums, blocks: Blocks, k: Tensor, context: SequenceCo
     sums.add(mine, own_tile, *own)
     row = sums.plain(context.layout.length)
     for _, block, tiles in others:
-        for tile in tiles:
+        for tile in each(tiles, RANGE):
             sums.add(row, tile, *block)
             if sums.full:
                 sums.settle()
-    home = comm.reduce_scatter(by_slot(row, context), context.mesh.ring.group)
+    home = comm.reduce_scatter(by_slot(row, context), context.mesh.ring.group, context.mesh.ring.waits)
     for part, theirs in zip(own_slots(mine, context), home, strict=True):
         part += theirs
     return mine.to(k.dtype)
@@ -113,7 +118,7 @@ def backward_halo(sums: Sums, blocks: Blocks, k: Tensor, context: SequenceContex
     sums.add(mine, own_tile, *own)
     dhalo = mine.new_zeros((plan.halo.tokens, *mine.shape[:1], *mine.shape[2:]))
     for _, block, tiles in others:
-        for tile in tiles:
+        for tile in each(tiles, RANGE):
             sums.add(dhalo.transpose(0, 1), tile, *block)
             if sums.full:
                 sums.settle()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
-from ds_cp import layout
+from ds_cp import layout, profiling
 from ds_cp.batch import Methods
-from ds_cp.config import Config
+from ds_cp.config import Config, profile_of
 from ds_cp.kernels import choice
 from ds_cp.mesh import Mesh
 from ds_cp.models import lm_head
@@ -44,6 +44,7 @@ def print_table(block: Config, mesh_: Mesh, methods: Methods, model: PreTrainedM
         "tiled_mlp": f"{model.config.get_text_config().hidden_size} tokens a tile" if block.tiled_mlp is True else "off",
         "activation_offload": block.activation_offload,
         "comm_timeout_s": block.comm_timeout_s,
+        "profile": profiling.describe(profile_of(block)),
     }
     for name, value in resolved.items():
         table.add_row(name, str(getattr(block, name)), str(value))

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ds_cp.batch import IGNORE
+from ds_cp.timing import named
 
 CONVERTED_AT_ONCE = 1 << 24
 FUSED_DTYPES = (torch.bfloat16, torch.float16)
@@ -142,7 +143,9 @@ class Tiles:
         ]
 
     def __iter__(self) -> Iterator[slice]:
-        return (slice(i, min(i + self.tile, len(self.hidden))) for i in range(0, len(self.hidden), self.tile))
+        for i in range(0, len(self.hidden), self.tile):
+            with named("ds_cp loss chunk"):
+                yield slice(i, min(i + self.tile, len(self.hidden)))
 
     def output(self, rows: slice) -> Tensor:
         """What the head gives for the tile [t, V]; where it is linear, in memory of its own and without a graph."""

@@ -10,10 +10,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from ds_cp.config import BLOCK, THIS_VERSION, Config  # noqa: E402 (the package beside this script, installed or not)
+from ds_cp.config import BLOCK, Config, Profile  # noqa: E402 (the package beside this script, installed or not)
 
 TARGET = ROOT / "docs" / "config.md"
 
@@ -23,11 +25,18 @@ INTRO = f"""\
 Generated from `ds_cp/config.py` by `python scripts/gen_config_docs.py`; a test compares the two. Edit the docstrings there.
 
 The block stands in ds_config.json beside everything that DeepSpeed documents. Every key is optional, and a config without the
-block has `"size": 1`, which is off. An unknown key, a value that is not listed here, or one that this version does not have yet
-is refused before any parameter is allocated. `"auto"` is resolved once at start-up and printed.
+block has `"size": 1`, which is off. An unknown key or a value that is not listed here is refused before any parameter is
+allocated. `"auto"` is resolved once at start-up and printed.
 
-| key | values | default | in this version | meaning |
-| --- | --- | --- | --- | --- |
+| key | values | default | meaning |
+| --- | --- | --- | --- |
+"""
+
+OBJECT = """
+`profile` as an object:
+
+| key | values | default | meaning |
+| --- | --- | --- | --- |
 """
 
 
@@ -45,25 +54,30 @@ def main() -> int:
 
 def render() -> str:
     """The whole of docs/config.md."""
-    return INTRO + "".join(_row(name) for name in Config.model_fields)
+    return INTRO + _rows(Config) + OBJECT + _rows(Profile)
 
 
-def _row(name: str) -> str:
-    field = Config.model_fields[name]
-    here = "all" if name not in THIS_VERSION else ", ".join(map(_code, THIS_VERSION[name]))
+def _rows(model: type[BaseModel]) -> str:
+    return "".join(_row(model, name) for name in model.model_fields)
+
+
+def _row(model: type[BaseModel], name: str) -> str:
+    field = model.model_fields[name]
     meaning = " ".join((field.description or "").split()).replace("|", "\\|")
-    return f"| `{name}` | {', '.join(_values(name))} | {_code(field.default)} | {here} | {meaning} |\n"
+    return f"| `{name}` | {', '.join(_values(model, name))} | {_code(field.default)} | {meaning} |\n"
 
 
-def _values(name: str) -> list[str]:
+def _values(model: type[BaseModel], name: str) -> list[str]:
     """What the model accepts for a field, from its JSON schema."""
-    schema = Config.model_json_schema()["properties"][name]
+    schema = model.model_json_schema()["properties"][name]
     values: list[str] = []
     for option in schema.get("anyOf", [schema]):
         if "enum" in option:
             values += map(_code, option["enum"])
         elif "const" in option:
             values.append(_code(option["const"]))
+        elif "$ref" in option:
+            values.append("an object")
         elif option["type"] == "boolean":
             values += map(_code, (True, False))
         else:

@@ -9,8 +9,9 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-STATS = ("tokens", "step_seconds", "tokens_per_second_per_gpu", "tflops_per_gpu", "mfu", "imbalance")
-KEYS = ("loss", "grad_norm", "learning_rate", "tokens_per_second", "eval_loss", *STATS)
+STATS = ("tokens", "step_seconds", "tokens_per_second_per_gpu", "tflops_per_gpu", "mfu", "imbalance", "attention_imbalance")
+EXPOSED = ("exposed_ring", "exposed_exchange")
+KEYS = ("loss", "grad_norm", "learning_rate", "tokens_per_second", "eval_loss", *STATS, *EXPOSED)
 
 Metrics = list[dict[str, float]]
 

@@ -40,6 +40,7 @@ from ds_cp.watch import Preemption, Watch
 
 if TYPE_CHECKING:
     from ds_cp.meter import Meter
+    from ds_cp.profiling import Profile
 
 IMPLEMENTATION = "ds_cp"  # must not hold "flash": transformers branches on that substring
 HANDLE = "ds_cp_handle"
@@ -86,6 +87,7 @@ class Handle:
     watch: Watch | None = None
     preemption: Preemption | None = None
     meter: Meter | None = None
+    profile: Profile | None = None
     token_values: TokenValues | None = None
     """What a call for the scores of tokens gives (`scored`), for whoever makes such calls."""
     _undo: list[Any] | None = None
@@ -203,6 +205,8 @@ class Handle:
             check_plan(context, device)
         if self.meter is not None and self.watch is not None:
             self.meter.forward(context, self.watch.step(), module.training)
+        if self.profile is not None and self.watch is not None:
+            self.profile.forward(self.watch.step(), module.training and torch.is_grad_enabled())
         rest |= self._vision.end(encoded, ids, context)
         self._counted.begin(local["position_ids"], given.get("position_ids"))
         self._head.begin(asked, local, context)

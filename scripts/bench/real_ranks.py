@@ -86,7 +86,7 @@ def ring(job: dict[str, Any], device: str) -> list[Row]:
 
     args = SimpleNamespace(device=device, dtype=torch.bfloat16 if device == "cuda" else torch.float32, **job["args"])
     real = mesh.build(Topology(ulysses=1, ring=dist.get_world_size(), data=1), timeout_s=300).ring
-    place = SimpleNamespace(group=real.group, ranks=real.ranks, rank=real.rank, size=real.size)
+    place = SimpleNamespace(group=real.group, ranks=real.ranks, rank=real.rank, size=real.size, waits=None)
     kernel = resolve(job["kernel"], args)
     rows = [over_the_wire(args, kernel, place, length, job) for length in job["lengths"]]
     from_here = [without_a_wire(args, kernel, place, length, job["impl"]) for length in job["lengths"]]  # replaces comm's hops

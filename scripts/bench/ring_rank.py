@@ -151,7 +151,7 @@ def ring_context(
 
 
 def axis(group: Any, size: int, rank: int) -> Any:
-    return SimpleNamespace(group=group, ranks=tuple(range(size)), rank=rank, size=size)
+    return SimpleNamespace(group=group, ranks=tuple(range(size)), rank=rank, size=size, waits=None)
 
 
 def ours(context: Any, tensors: list[Tensor]) -> tuple[Forward, Backward]:

@@ -67,7 +67,6 @@ BAD_BLOCKS: dict[str, tuple[dict[str, Any], str]] = {
     "unknown key": ({"size": 2, "ring_sice": 2}, "unknown key; did you mean 'ring_size'"),
     "kernel of another device": ({"size": 2, "attention_kernel": "torch_flash"}, "'torch_flash' does not run on cpu"),
     "cuDNN on CPU": ({"size": 2, "attention_kernel": "torch_cudnn"}, "'torch_cudnn' does not run on cpu"),
-    "later feature": ({"size": 2, "profile": True}, "profile: true is not in this version"),
 }
 
 

@@ -48,3 +48,37 @@ def test_the_trainer_logs_them(pool, tmp_path: Path) -> None:
     per_step = 2 * 2 * 24  # replicas, accumulation, row
     assert [entry["tokens"] for entry in seen[0]] == [per_step, 2 * per_step], "of step 2; of 3 and 4"
     assert all(entry["imbalance"] == pytest.approx(1.0, abs=0.05) for entry in seen[0])
+
+
+@pytest.mark.parametrize(("sizes", "where", "other"), [((1, 2), "ring", "exchange"), ((2, 1), "exchange", "ring")])
+def test_a_rank_that_is_late_shows_as_imbalance_and_as_the_others_wait(
+    pool, sizes: tuple[int, int], where: str, other: str
+) -> None:
+    found, same = pool(2).run(stats_jobs.uneven, block=block(*sizes), batch=packed([24]), late_s=0.1)
+    assert found == same
+    assert 1.5 < found["attention_imbalance"] <= 2, "one of two ranks has nearly all of it"
+    assert 0.25 < found[f"exposed_{where}"] < 1, "nearly all of one rank's step"
+    assert found[f"exposed_{other}"] == 0
+
+
+def test_every_rank_writes_a_trace_with_named_ranges(pool, tmp_path: Path) -> None:
+    window = {"after": 1, "steps": 2, "folder": str(tmp_path / "traces")}
+    shared = block(2, 2, loss_chunk=4, profile=window, linear_attention="heads")
+    ranks = pool(4).run(stats_jobs.profiled, block=shared, batch=packed([24]), kind="qwen3_5_text", steps=4)
+    assert sorted(path.name for path in (tmp_path / "traces").iterdir()) == [f"rank{n}of4_steps2-3.json.gz" for n in range(4)]
+    wanted = {
+        "ProfilerStep#1",
+        "ProfilerStep#2",
+        "ds_cp attention",
+        "ds_cp attention tile",
+        "ds_cp attention backward",
+        "ds_cp attention tile backward",
+        "ds_cp all-to-all (ulysses)",
+        "ds_cp key/value hop: wait",
+        "ds_cp gradient hop: wait",
+        "ds_cp exchange of tokens and heads (seq)",
+        "ds_cp loss chunk",
+    }
+    for names in ranks:
+        assert wanted <= set(names), wanted - set(names)
+        assert names.count("ds_cp attention backward") == 2, "one layer of attention, in two recorded steps"

@@ -23,6 +23,7 @@ from torch import Tensor
 from ds_cp import comm, layout, tiles
 from ds_cp.kernels.attention import Score
 from ds_cp.ring import RingAttention
+from ds_cp.timing import RING, Waits, timed
 
 TIMEOUT_S = 60
 
@@ -60,7 +61,7 @@ class LocalRing:
 class LocalGather:
     """`comm.Gather` between threads."""
 
-    def __init__(self, sent: Sequence[Tensor], received: Sequence[Tensor], group: LocalRing) -> None:
+    def __init__(self, sent: Sequence[Tensor], received: Sequence[Tensor], group: LocalRing, waits: Waits) -> None:
         self._received, self._theirs = received, group.swap("gather", sent)
 
     def wait(self) -> None:
@@ -68,7 +69,7 @@ class LocalGather:
             into.copy_(torch.stack([theirs[part] for theirs in self._theirs]))
 
 
-def local_reduce_scatter(parts: Sequence[Tensor], group: LocalRing) -> list[Tensor]:
+def local_reduce_scatter(parts: Sequence[Tensor], group: LocalRing, waits: Waits) -> list[Tensor]:
     """`comm.reduce_scatter` between threads."""
     rank, everyone = group.rank_here.value, group.swap("reduce", parts)
     return [torch.stack([theirs[part][rank] for theirs in everyone]).sum(0) for part in range(len(parts))]
@@ -80,23 +81,26 @@ Sends = Sequence[tuple[Tensor, int]]
 class LocalHop:
     """`comm.Hop` between threads."""
 
-    def __init__(self, sent: Sends, received: Sends, group: LocalRing, ranks: Sequence[int], rank: int, what: str) -> None:
+    def __init__(
+        self, sent: Sends, received: Sends, group: LocalRing, ranks: Sequence[int], rank: int, what: str, waits: Waits
+    ) -> None:
         for x, peer in sent:
             assert x.is_contiguous()
             copy = x.clone()
             ready = torch.cuda.current_stream().record_event() if x.is_cuda else None
             group.queues[rank, peer, what].put((copy, ready))
         self._received = [(x, group.queues[peer, rank, what]) for x, peer in received]
-        self._group = group
+        self._group, self._waits = group, waits
 
-    def wait(self) -> None:
-        for x, arriving in self._received:
-            with self._group.others():
-                theirs, ready = arriving.get(timeout=TIMEOUT_S)
-            if ready is not None:  # it was made on another stream
-                torch.cuda.current_stream().wait_event(ready)
-                theirs.record_stream(torch.cuda.current_stream())
-            x.copy_(theirs)
+    def wait(self, streams: Sequence[torch.cuda.Stream] = ()) -> None:
+        with timed("hop", self._waits, RING, streams):
+            for x, arriving in self._received:
+                with self._group.others():
+                    theirs, ready = arriving.get(timeout=TIMEOUT_S)
+                if ready is not None:  # it was made on another stream
+                    torch.cuda.current_stream().wait_event(ready)
+                    theirs.record_stream(torch.cuda.current_stream())
+                x.copy_(theirs)
 
 
 def ring(
@@ -128,7 +132,7 @@ def ring(
     def one(rank: int) -> tuple[Tensor, ...]:
         ctx = SimpleNamespace(save_for_backward=lambda *saved: setattr(ctx, "saved_tensors", saved))
         group.rank_here.value = rank
-        mesh = SimpleNamespace(ring=SimpleNamespace(group=group, ranks=ranks, rank=rank, size=size))
+        mesh = SimpleNamespace(ring=SimpleNamespace(group=group, ranks=ranks, rank=rank, size=size, waits=Waits()))
         if window is None:
             found = (tiles.plan_gathered if gathered else tiles.plan)(plan, rank, documents)
         else:

@@ -41,7 +41,7 @@ def test_a_legal_config_shows_what_auto_becomes(tmp_path: Path) -> None:
     [
         ({"size": 3}, "4", "3 does not divide the 4 ranks"),
         ({"sise": 2}, "4", "did you mean 'size'"),
-        ({"profile": True}, "4", "profile"),
+        ({"profile": 1}, "4", "profile"),
         ({"size": 4, "attention_head_chunks": 3}, "4", "use one of [1, 2"),
     ],
 )

@@ -62,7 +62,13 @@ SIZES = "sizes of a model that is drawn: TestModel of the same file"
 LENGTH = "how long and how fast it trains"
 UNLIKE = {"bf16": "CPU ranks have --use_cpu in its place", "hostfile": "tests/hosts starts over several hosts"}
 CURVES = dict.fromkeys(("lr_scheduler_type", "learning_rate", "warmup_steps", "save_strategy"), LENGTH)
-CURVES |= {"model_type": SIZES, "config_overrides": SIZES, "name": "a title", "seed": "the default is another number"}
+CURVES |= {
+    "logging_steps": "how often it logs",
+    "model_type": SIZES,
+    "config_overrides": SIZES,
+    "name": "a title",
+    "seed": "the default is another number",
+}
 HOSTS = "tests/hosts/test_hosts.py"
 
 RULES: dict[str, Here | Script | Run | Not] = {

@@ -45,9 +45,6 @@ WHOLE_BLOCK = """
 }
 """
 
-LATER: tuple[tuple[str, Any], ...] = (("profile", True),)
-"""Values of the block in design.md whose feature comes with a later issue; an issue that brings one takes it from here."""
-
 INTEGERS: tuple[tuple[str, int], ...] = (
     ("size", 1),
     ("ulysses_size", 1),
@@ -128,23 +125,39 @@ def test_the_config_is_frozen_and_hashable() -> None:
 # What is refused
 
 
-@pytest.mark.parametrize(("field", "value"), LATER)
-def test_a_value_of_a_later_version_is_refused_by_name(field: str, value: Any) -> None:
-    with pytest.raises(ValueError, match="not in this version of ds_cp") as refusal:
-        parse(**{field: value})
-    message = str(refusal.value)
-    assert message.startswith(f"sequence_parallel.{field}: {json.dumps(value)} ")
-    allowed = message.split("; use ")[1].split(", ")
-    assert allowed == [json.dumps(v) for v in config.THIS_VERSION[field]]
-
-
-def test_every_listed_value_parses_or_is_known_to_come_later() -> None:
-    coming = {(field, value) for field, value in LATER if type(value) is not int}
-    listed = [(field, value) for field, info in Config.model_fields.items() for value in _listed(info.annotation)]
-    assert coming <= set(listed)
-    for field, value in listed:
-        if (field, value) not in coming:
+def test_every_listed_value_parses() -> None:
+    for field, info in Config.model_fields.items():
+        for value in _listed(info.annotation):
             assert getattr(parse(**{field: value}), field) == value
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        (True, config.Profile()),
+        (False, None),
+        ({}, config.Profile()),
+        ({"steps": 5, "folder": "/traces"}, config.Profile(after=3, steps=5, folder="/traces")),
+    ],
+)
+def test_a_profile_is_a_switch_or_an_object(given: Any, wanted: config.Profile | None) -> None:
+    assert config.profile_of(parse(profile=given)) == wanted
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"step": 2}, r"sequence_parallel\.profile\.step: unknown key; did you mean 'steps'\? Known keys: after, steps, folder$"),
+        ({"steps": 0}, r"^sequence_parallel\.profile\.steps: got 0, allowed: integer >= 1$"),
+        ({"after": "2"}, r"^sequence_parallel\.profile\.after: got '2', allowed: integer >= 1$"),
+        ({"folder": 3}, r"^sequence_parallel\.profile\.folder: got 3, allowed: string$"),
+        (1, r"^sequence_parallel\.profile: got 1, allowed: boolean \| an object of after, steps, folder$"),
+        ([True], r"^sequence_parallel\.profile: got \[True\], allowed: boolean \| an object of after, steps, folder$"),
+    ],
+)
+def test_a_profile_that_is_neither_is_one_sentence(given: Any, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        parse(profile=given)
 
 
 def _listed(annotation: Any) -> list[Any]:
@@ -264,11 +277,6 @@ def test_every_field_has_a_docstring() -> None:
     assert [name for name, field in Config.model_fields.items() if not field.description] == []
 
 
-def test_the_versions_table_speaks_of_fields_and_allows_their_defaults() -> None:
-    for field, here in config.THIS_VERSION.items():
-        assert Config.model_fields[field].default in here
-
-
 def test_docs_config_md_is_what_the_code_says() -> None:
     written = (ROOT / "docs" / "config.md").read_text(encoding="utf-8")
     assert written == docs_script().render(), "run python scripts/gen_config_docs.py"
@@ -276,9 +284,9 @@ def test_docs_config_md_is_what_the_code_says() -> None:
 
 def test_the_docs_have_one_row_a_field() -> None:
     rows = [line for line in docs_script().render().splitlines() if line.startswith("| `")]
-    assert [row.split("`")[1] for row in rows] == list(Config.model_fields)
-    for row, (name, field) in zip(rows, Config.model_fields.items(), strict=True):
-        assert (" | all | " in row) == (name not in config.THIS_VERSION)
+    fields = {**Config.model_fields, **config.Profile.model_fields}
+    assert [row.split("`")[1] for row in rows] == list(fields)
+    for row, field in zip(rows, fields.values(), strict=True):
         assert row.endswith(f"| {' '.join(field.description.split())} |")
 
 
