@@ -154,7 +154,9 @@ class Hop:
         self._sent = sent  # kept alive until the work is done
         sends = [dist.P2POp(dist.isend, x, ranks[peer], group) for x, peer in sent]
         receives = [dist.P2POp(dist.irecv, x, ranks[peer], group) for x, peer in received]
-        self._work = dist.batch_isend_irecv(sends + receives) if sends or receives else []
+        # Receives first: gloo's word that a receive is ready would else wait behind the payload on the one connection of two ranks,
+        # and what they send each other would go one way after the other.
+        self._work = dist.batch_isend_irecv(receives + sends) if sends or receives else []
 
     def wait(self, streams: Sequence[torch.cuda.Stream] = ()) -> None:
         """What was sent may be overwritten from now on, what was received be read.
