@@ -1,19 +1,15 @@
 """Direct preference optimization with TRL: prompts with a chosen and a rejected completion; LoRA by arguments."""
 
 from datasets import load_dataset
-from trl import DPOConfig, DPOTrainer, ModelConfig, ScriptArguments, TrlParser, get_peft_config
+from trl import DPOConfig, ModelConfig, ScriptArguments, TrlParser, get_peft_config
 
-from ds_cp import TrainerMixin
-
-
-class Sharded(TrainerMixin, DPOTrainer):
-    pass
+from ds_cp.trl import DPOTrainer
 
 
 def main(arguments: list[str] | None = None) -> DPOTrainer:
     script, config, model = TrlParser((ScriptArguments, DPOConfig, ModelConfig)).parse_args_and_config(arguments)
     data = load_dataset(script.dataset_name)
-    trainer = Sharded(
+    trainer = DPOTrainer(
         model=model.model_name_or_path,
         args=config,
         train_dataset=data[script.dataset_train_split],

@@ -1,13 +1,9 @@
 """Group relative policy optimization with TRL: prompts, completions of the model itself, and a reward of each."""
 
 from datasets import load_dataset
-from trl import GRPOConfig, GRPOTrainer, ModelConfig, ScriptArguments, TrlParser, get_peft_config
+from trl import GRPOConfig, ModelConfig, ScriptArguments, TrlParser, get_peft_config
 
-from ds_cp import TrainerMixin
-
-
-class Sharded(TrainerMixin, GRPOTrainer):
-    pass
+from ds_cp.trl import GRPOTrainer
 
 
 def variety(completions: list[str], **_: object) -> list[float]:
@@ -18,7 +14,7 @@ def variety(completions: list[str], **_: object) -> list[float]:
 def main(arguments: list[str] | None = None) -> GRPOTrainer:
     script, config, model = TrlParser((ScriptArguments, GRPOConfig, ModelConfig)).parse_args_and_config(arguments)
     data = load_dataset(script.dataset_name)
-    trainer = Sharded(
+    trainer = GRPOTrainer(
         model=model.model_name_or_path,
         args=config,
         reward_funcs=variety,

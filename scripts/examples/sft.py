@@ -1,19 +1,15 @@
 """Supervised fine-tuning with TRL: text, prompts with completions or conversations; packed or padded; adapters by arguments."""
 
 from datasets import load_dataset
-from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, TrlParser, get_peft_config
+from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser, get_peft_config
 
-from ds_cp import TrainerMixin
-
-
-class Sharded(TrainerMixin, SFTTrainer):
-    pass
+from ds_cp.trl import SFTTrainer
 
 
 def main(arguments: list[str] | None = None) -> SFTTrainer:
     script, config, model = TrlParser((ScriptArguments, SFTConfig, ModelConfig)).parse_args_and_config(arguments)
     data = load_dataset(script.dataset_name)
-    trainer = Sharded(
+    trainer = SFTTrainer(
         model=model.model_name_or_path,
         args=config,
         train_dataset=data[script.dataset_train_split],

@@ -94,6 +94,7 @@ IMPORTS = _table(
         "meter": "balance batch comm mesh models planner planner.read timing",
         "trainer": "engine",
         "trl_trainers": "engine config mesh models",
+        "trl": "trainer",
         "selftest": "engine kernels.attention tiles batch models",
         "explain": "balance layout tiles",
         "checking": "balance config layout preflight topology models",
@@ -146,6 +147,7 @@ OUTSIDE = _table(
         "cutlass": "kernels.flash4_hopper",
         "liger_kernel": "liger_head",
         "fla": "kernels kernels.attention kernels.delta",
+        "trl": "trl",
         "triton": "kernels.token_loss_cuda kernels.merge_cuda kernels.blocked_cuda kernels.delta",
     }
 )
@@ -286,7 +288,7 @@ def test_what_is_integers_only_does_not_import_torch() -> None:
 def test_importing_the_package_loads_no_other_package() -> None:
     code = (
         "import sys; import ds_cp, ds_cp.topology, ds_cp.tiles, ds_cp.config; "
-        "print([name for name in ('torch', 'deepspeed', 'transformers') if name in sys.modules])"
+        "print([name for name in ('torch', 'deepspeed', 'transformers', 'trl') if name in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout == "[]\n"
 
