@@ -24,6 +24,8 @@ from ds_cp.models import checks, family_of, twin
 from ds_cp.placement import Methods
 
 Say = Callable[[str, str], None]
+MEET_S = 300.0
+"""In which the ranks must come together, longer than a first start on CPU builds DeepSpeed's op."""
 
 
 def prove(source: str | os.PathLike[str], name: str, say: Say) -> None:
@@ -36,7 +38,7 @@ def prove(source: str | os.PathLike[str], name: str, say: Say) -> None:
     Raises:
         ValueError: on every rank: the sentence to act on.
     """
-    ds_config, block = launch.read(source)
+    ds_config, block = launch.read(source, MEET_S)
     ranks = preflight.launched()
     if block.size == 1 or ranks == 1:
         raise ValueError(

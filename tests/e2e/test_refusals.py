@@ -23,6 +23,12 @@ MODEL = (
 )
 
 
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
 def launch(tmp_path: Path, block: dict[str, Any], *arguments: str, environment: dict[str, str] | None = None) -> tuple[int, str]:
     """(exit code, output) of scripts/train.py on two CPU ranks; a hang is a TimeoutExpired."""
     config = tmp_path / "ds_config.json"
@@ -30,10 +36,7 @@ def launch(tmp_path: Path, block: dict[str, Any], *arguments: str, environment: 
     config.write_text(json.dumps({"sequence_parallel": block, "zero_optimization": {"stage": 1}, **sizes}))
     text = tmp_path / "text.txt"
     text.write_text("some words to train on\n" * 200)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    command = ["deepspeed", "--num_accelerators", "2", "--master_port", port, "scripts/train.py", "--deepspeed", str(config)]
+    command = ["deepspeed", "--num_accelerators", "2", "--master_port", free_port(), "scripts/train.py", "--deepspeed", str(config)]
     options = ["--data", str(text), "--max_steps", "1", "--output_dir", str(tmp_path / "out"), "--save_strategy", "no"]
     run = subprocess.run(
         [*command, *MODEL, *options, *arguments],
@@ -74,3 +77,14 @@ def test_a_lock_that_a_dead_build_left_is_named(tmp_path: Path) -> None:
     code, output = launch(tmp_path, {"size": 2}, "--use_cpu", environment=environment)
     assert code != 0
     assert f"{lock} was left by a process that died while building" in output, output[-3000:]
+
+
+def test_ranks_that_do_not_come_are_told_of_in_time() -> None:
+    """As where the launcher could not reach a host: torch's store waits half an hour by default."""
+    alone = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    program = [sys.executable, "-c", "import ds_cp; ds_cp.init_distributed(2.0)"]
+    run = subprocess.run(program, cwd=ROOT, env={**os.environ, **alone}, capture_output=True, text=True, timeout=TIMEOUT_S)
+    assert run.returncode != 0
+    last = run.stderr.strip().splitlines()[-1]
+    assert last.startswith("ValueError: launch: rank 0 on ")
+    assert f"not all 2 ranks have come to 127.0.0.1:{alone['MASTER_PORT']}" in last

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from ds_cp import selftest
 from tests.faults.job import STEPS
 from tests.faults.test_faults import BOUND_S
 from tests.hosts import traffic_job
@@ -158,6 +159,15 @@ def test_a_host_that_is_cut_off_for_five_seconds_goes_on(hosts: Hosts, whole: di
     hosts("mend", "host2")
     assert job.codes() == [0, 0], job.says(0)[-4000:]
     assert job.losses() == whole
+
+
+@two_hosts
+def test_the_selftest_passes_over_a_hostfile(hosts: Hosts, tmp_path: Path) -> None:
+    selftest.tiny_model("qwen3").config.save_pretrained(tmp_path)
+    launch = LAUNCHERS["pdsh"]
+    said = hosts("run", *launch, "ds_cp.cli", "selftest", "ds_configs/auto.json", "--model", tmp_path)
+    assert re.search(r"host1: hop of the ring, slowest rank: [\d.]+ GB/s$", said, re.MULTILINE)
+    assert re.search(r"^host1: PASS$", said, re.MULTILINE)
 
 
 @two_hosts
