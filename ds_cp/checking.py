@@ -73,6 +73,8 @@ def read_model(name: str) -> PreTrainedModel:
     Raises:
         ValueError: there is no such model, or it cannot be.
     """
+    if name.startswith((".", "/", "~")) and not os.path.exists(name):
+        raise ValueError(f"model: {name}: no such file or folder")
     try:
         with torch.device("meta"):
             read = AutoConfig.from_pretrained(name)

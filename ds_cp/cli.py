@@ -101,6 +101,8 @@ def plan(
     try:
         if (docs is None) == (length == 0):
             raise ValueError("plan: give either --length or --docs")
+        if write is not None and not write.parent.is_dir():
+            raise ValueError(f"--write {write}: there is no folder {write.parent}")
         where = machine.build(gpus, gpus_per_host, gpu, gpu_memory, inside, between, host_memory)
         documents = (0, length) if docs is None else times.boundaries(explaining.read_lengths(docs))
         found = search.plan(read.read(model), where, documents)
@@ -118,7 +120,10 @@ def plan(
         chosen = found.rows[choose - 1].choice
         write.write_text(json.dumps(render.ds_config(chosen), indent=2) + "\n", encoding="utf-8")
         advice = "with gradient checkpointing" if chosen.checkpointing else "without gradient checkpointing"
-        Console(stderr=True).print(f"{write}: row {choose}; run it {advice}, one row a replica", highlight=False, soft_wrap=True)
+        alone = "" if chosen.degrees.size > 1 else "; size 1: a row fits one GPU, so ranks share none (--choose takes another row)"
+        Console(stderr=True).print(
+            f"{write}: row {choose}; run it {advice}, one row a replica{alone}", highlight=False, soft_wrap=True
+        )
 
 
 @app.command()

@@ -17,14 +17,16 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from train_data import DataArguments, PackedRows, byte_tokenizer, write_rows
+from train_data import DataArguments, PackedRows, byte_tokenizer, looks_local, write_rows
 from train_images import ROWS, SHAPES, Shapes, collate, token_ids, tokenizer_for_images
 from train_plot import MetricsFile, differences, draw, read
 from transformers import (
@@ -43,6 +45,10 @@ from transformers import (
 )
 
 import ds_cp
+from ds_cp import preflight
+
+T = TypeVar("T")
+FIRST_RANK_SPEAKS_S = 5.0
 
 
 @dataclass
@@ -63,6 +69,10 @@ class ModelArguments:
     def __post_init__(self) -> None:
         if sum(given is not None for given in (self.model, self.config, self.model_type)) != 1:
             raise ValueError("give exactly one of --model, --config and --model_type")
+        for name in ("model", "config", "tokenizer"):
+            given = getattr(self, name)
+            if given is not None and looks_local(given) and not Path(given).exists():
+                raise ValueError(f"--{name} {given}: no such file or folder")
         if self.model is not None and self.config_overrides:
             raise ValueError("--config_overrides changes a model from scratch; with --model it would not fit the weights")
 
@@ -83,14 +93,42 @@ class TrainArguments(TrainingArguments):
 
 
 def main() -> None:
+    try:
+        trainer, args, metrics = prepare()
+    except ValueError as error:  # every rank has it; one sentence, which as many tracebacks as ranks would bury
+        if int(os.environ.get("RANK", 0)) > 0:
+            time.sleep(FIRST_RANK_SPEAKS_S)  # a launcher ends all ranks with the first that ends
+        print(f"train.py: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)
+    trainer.train(resume_from_checkpoint=resume_from(args))
+    if getattr(trainer, "cp_preempted", False):
+        print(f"stopped and saved after step {trainer.state.global_step}; go on with --resume_from_checkpoint true")
+        torch.distributed.destroy_process_group()
+        return
+    if trainer.eval_dataset is not None and not was_evaluated(trainer):
+        trainer.evaluate()
+    if args.save_strategy != "no":
+        trainer.save_model()
+    if trainer.is_world_process_zero():
+        report(args, metrics)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def prepare() -> tuple[Trainer, TrainArguments, Path]:
+    """All that can be refused, before the first step.
+
+    Raises:
+        ValueError: on every rank: what was given is wrong.
+    """
     parser = HfArgumentParser((ModelArguments, DataArguments, TrainArguments))
     if any(argument.startswith("--deepspeed") for argument in sys.argv):
         ds_cp.init_distributed()  # before TrainingArguments, for which accelerate would make torch's group alone
-    model_args, data_args, args = parser.parse_args_into_dataclasses()
+    model_args, data_args, args = together(parser.parse_args_into_dataclasses)
     set_seed(args.seed)
     pictures = data_args.data == SHAPES
-    tokenizer = load_tokenizer(model_args, pictures)
-    config = load_config(model_args, tokenizer, pictures)
+    tokenizer = together(lambda: load_tokenizer(model_args, pictures))
+    config = together(lambda: load_config(model_args, tokenizer, pictures))
     train_rows, eval_rows = load_rows(data_args, args, tokenizer, config)
     trainer = trainer_class(args)(
         model=load_model(model_args, args, config),
@@ -103,19 +141,12 @@ def main() -> None:
     metrics = Path(args.output_dir) / "metrics.jsonl"
     rows_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     trainer.add_callback(MetricsFile(metrics, tokens_per_step=rows_per_step * data_args.seq_length))
-    trainer.train(resume_from_checkpoint=resume_from(args))
-    if getattr(trainer, "cp_preempted", False):
-        print(f"stopped and saved after step {trainer.state.global_step}; go on with --resume_from_checkpoint true")
-        torch.distributed.destroy_process_group()
-        return
-    if eval_rows is not None and not was_evaluated(trainer):
-        trainer.evaluate()
-    if args.save_strategy != "no":
-        trainer.save_model()
-    if trainer.is_world_process_zero():
-        report(args, metrics)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    return trainer, args, metrics
+
+
+def together(work: Callable[[], T]) -> T:
+    """What `work` returns; what one rank refuses, all refuse. It must not communicate."""
+    return preflight.together(work) if torch.distributed.is_initialized() else work()
 
 
 def was_evaluated(trainer: Trainer) -> bool:
@@ -142,10 +173,8 @@ def load_rows(
     if data_args.data == SHAPES:
         return Shapes(config, tokenizer, data_args.seq_length, data_args.max_rows or ROWS).split(data_args.eval_rows)
     path = Path(args.output_dir) / "rows.bin"
-    with args.main_process_first(desc="packing"):
-        if args.local_process_index == 0:
-            write_rows(path, data_args, tokenizer)
-    return PackedRows(path, data_args.seq_length).split(data_args.eval_rows)
+    together(lambda: write_rows(path, data_args, tokenizer) if args.local_process_index == 0 else None)
+    return together(lambda: PackedRows(path, data_args.seq_length).split(data_args.eval_rows))
 
 
 def load_model(model_args: ModelArguments, args: TrainArguments, config: PretrainedConfig) -> PreTrainedModel:

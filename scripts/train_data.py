@@ -74,9 +74,7 @@ class PackedRows(Dataset):
 
     def __init__(self, path: Path, seq_length: int) -> None:
         if not path.exists() or not path.stat().st_size:
-            raise ValueError(
-                f"--data: the text is shorter than one row of {seq_length} tokens, or the first rank could not read it"
-            )
+            raise ValueError(f"{path}: the first rank of this host has packed no rows into it; see what it said")
         self.rows = np.memmap(path, dtype=np.int32, mode="r").reshape(-1, 2, seq_length)
 
     def __len__(self) -> int:
@@ -120,6 +118,10 @@ def write_rows(path: Path, args: DataArguments, tokenizer: PreTrainedTokenizerBa
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+    if not path.stat().st_size:
+        tokens = sum(map(len, tokenized(texts(args), tokenizer)))
+        reason = f"--data {args.data} has {tokens} tokens, fewer than one row; make it {tokens} or less"
+        raise ValueError(f"--seq_length {args.seq_length}: {reason}")
 
 
 def pack(documents: Iterable[list[int]], seq_length: int) -> Iterator[np.ndarray]:
@@ -191,19 +193,38 @@ def file_texts(path: Path, text_field: str) -> Iterator[Document]:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
-            record = json.loads(line)
-            yield document_of(record, text_field, f"line {number} of {path}")
+            yield document_of(parsed(line, f"line {number} of {path}"), text_field, f"line {number} of {path}")
+
+
+def parsed(line: str, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--data: {where} is not JSON: {error}") from None
+    if not isinstance(record, dict):
+        raise ValueError(f'--data: {where} is a {type(record).__name__}; every line must be an object, as {{"text": ...}}')
+    return record
 
 
 def document_of(record: dict[str, Any], text_field: str, where: str) -> Document:
     """The field that --text_field names; by default also `messages`, or `prompt` and `completion`, one after the other."""
-    if text_field in record:
-        return record[text_field]
-    if text_field == "text" and "messages" in record:
-        return record["messages"]
-    if text_field == "text" and {"prompt", "completion"} <= record.keys():
-        return record["prompt"] + record["completion"]
-    raise ValueError(f"--text_field {text_field}: {where} has only {', '.join(record)}")
+    names = next((names for names in forms(text_field) if record.keys() >= set(names)), None)
+    if names is None:
+        needed = ", or ".join(" and ".join(form) for form in forms(text_field))
+        raise ValueError(f"--data: {where} has the fields {', '.join(record)}; needed are {needed} (--text_field names another)")
+    first, *others = (record[name] for name in names)
+    for value in others:
+        if type(value) is not type(first):
+            raise ValueError(f"--data: {where}: {' and '.join(names)} are not of one kind; each must be a text, or each messages")
+        first = first + value
+    if not isinstance(first, str | list):
+        raise ValueError(f"--data: {where}: {names[0]} is {json.dumps(first)[:40]}; it must be a text, or a list of messages")
+    return first
+
+
+def forms(text_field: str) -> list[tuple[str, ...]]:
+    """The fields of a line that make a document, the first that are there."""
+    return [(text_field,), ("messages",), ("prompt", "completion")] if text_field == "text" else [(text_field,)]
 
 
 def dataset_texts(args: DataArguments) -> Iterator[str]:

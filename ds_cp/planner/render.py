@@ -52,7 +52,7 @@ def show(plan: Plan, console: Console, most: int) -> None:
     console.width = max(console.width, WIDTH)
     say = partial(console.print, highlight=False, soft_wrap=True)
     say(
-        f"{shape.name}: {shape.parameters / 1e9:.2f} B parameters, {shape.layers} layers; rows of {length:,} tokens in "
+        f"{shape.name}: {_count(shape.parameters)} parameters, {shape.layers} layers; rows of {length:,} tokens in "
         f"{len(plan.documents) - 1:,} documents; {machine.gpus} x {machine.gpu.name} with {machine.gpu.memory_gib:.1f} GiB, of "
         f"which {RESERVE_GIB} are left alone; {_link(machine.inside)} inside a host of {machine.per_host}"
         + (f", {_link(machine.between)} between hosts" if machine.hosts > 1 else "")
@@ -125,6 +125,10 @@ def _waits(row: Row) -> dict[str, float]:
 def _sum(parts: dict[str, float], form: str) -> str:
     shown = [f"{name} {size:{form}}" for name, size in parts.items() if size > 0.0005 * sum(parts.values())]
     return " + ".join(shown) + f" = {sum(parts.values()):{form}}"
+
+
+def _count(parameters: int) -> str:
+    return f"{parameters / 1e9:.2f} B" if parameters >= 10**8 else f"{parameters / 1e6:.2f} M"
 
 
 def _link(link: Link) -> str:

@@ -181,7 +181,7 @@ class TestJsonLines:
             list(train_data.tokenized([self.LINES[1]["messages"]], train_data.byte_tokenizer()))
 
     def test_a_named_field_is_not_replaced_by_another(self) -> None:
-        with pytest.raises(ValueError, match="--text_field body: line 1 has only prompt, completion"):
+        with pytest.raises(ValueError, match="line 1 has the fields prompt, completion; needed are body"):
             train_data.document_of(self.LINES[2], "body", "line 1")
 
 
@@ -245,8 +245,9 @@ class TestPacking:
     def test_less_text_than_a_row_is_refused(self, tmp_path: Path) -> None:
         (tmp_path / "short.txt").write_text("short")
         arguments = DataArguments(data=str(tmp_path / "short.txt"), seq_length=64)
-        train_data.write_rows(tmp_path / "rows.bin", arguments, train_data.byte_tokenizer())
-        with pytest.raises(ValueError, match="shorter than one row of 64 tokens"):
+        with pytest.raises(ValueError, match=r"--seq_length 64: --data .* has 6 tokens, fewer than one row; make it 6 or less"):
+            train_data.write_rows(tmp_path / "rows.bin", arguments, train_data.byte_tokenizer())
+        with pytest.raises(ValueError, match="the first rank of this host has packed no rows"):
             PackedRows(tmp_path / "rows.bin", 64)
 
 
@@ -263,7 +264,24 @@ class TestTexts:
         file = tmp_path / "data.jsonl"
         file.write_text(json.dumps({"body": "hello", "id": 3}))
         assert list(train_data.texts(DataArguments(data=str(file), text_field="body"))) == ["hello"]
-        with pytest.raises(ValueError, match=r"--text_field text: line 1 of .* has only body, id"):
+
+    @pytest.mark.parametrize(
+        ("line", "sentence"),
+        [
+            (
+                {"body": "hello", "id": 3},
+                "line 1 of .* has the fields body, id; needed are text, or messages, or prompt and completion",
+            ),
+            ({"text": 3}, "line 1 of .*: text is 3; it must be a text, or a list of messages"),
+            ({"prompt": "a", "completion": []}, "prompt and completion are not of one kind"),
+            (["hello"], "line 1 of .* is a list; every line must be an object"),
+            ("{", "line 1 of .* is not JSON"),
+        ],
+    )
+    def test_a_line_that_is_no_document_is_named(self, tmp_path: Path, line: Any, sentence: str) -> None:
+        file = tmp_path / "data.jsonl"
+        file.write_text(line if isinstance(line, str) else json.dumps(line))
+        with pytest.raises(ValueError, match=f"--data: {sentence}" if sentence[0] == "l" else sentence):
             list(train_data.texts(DataArguments(data=str(file))))
 
     def test_a_folder_that_datasets_saved(self, tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def test_a_model_is_checked_without_weights(tmp_path: Path) -> None:
     assert "attention_dropout is 0.5" in " ".join(result.output.split())
     missing = check(tmp_path, {"size": 4}, "--ranks", "4", "--model", str(tmp_path / "nowhere"))
     assert missing.exit_code == 1
-    assert "cannot be read" in " ".join(missing.output.split())
+    assert "no such file or folder" in " ".join(missing.output.split())
 
 
 def test_recurrent_layers_are_checked_too(tmp_path: Path) -> None:

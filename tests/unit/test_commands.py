@@ -74,8 +74,7 @@ HOSTS = "tests/hosts/test_hosts.py"
 RULES: dict[str, Here | Script | Run | Not] = {
     r"ds-cp (check|plan|explain) ": Here(),
     r"deepspeed .*--module ds_cp\.cli selftest ": Run(
-        "tests/dist/test_prove.py::test_everything_is_proved_and_measured",
-        how="the function that the command calls, on ranks of the pool",
+        f"{HOSTS}::test_the_selftest_passes_over_a_hostfile", how="over two hosts of one rank"
     ),
     r"deepspeed .*scripts/train\.py .*--data shapes": Run(
         "tests/e2e/test_train_images.py::test_two_ranks_give_the_curve_of_one_process", how="with sizes of its own"
@@ -105,6 +104,7 @@ RULES: dict[str, Here | Script | Run | Not] = {
     r"scripts/quickstart( --install-only)?$": Not("CI itself installs by it; the two runs after that are scripts/train.py's"),
     r"scripts/test( |$)": Not("CI itself calls it (.ci/run)"),
     r"source \.venv/bin/activate$": Not("scripts/test does it"),
+    r"export DS_ACCELERATOR=cpu OMP_NUM_THREADS=1$": Not("scripts/test does it"),
     r"scripts/train\.py --help$": Run("tests/unit/test_docs.py::test_a_command_of_the_docs_is_taken", how="its parser"),
     r"python scripts/gen_config_docs\.py": Run("tests/unit/test_config.py::test_docs_config_md_is_what_the_code_says"),
     r"python scripts/gen_figures\.py": Run("tests/unit/test_figures.py::test_a_figure_is_what_the_code_draws"),
@@ -165,6 +165,7 @@ class Shell:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         selftest.tiny_model("llama").config.save_pretrained(folder / "my_model")
+        (folder / "ds_configs").symlink_to(ROOT / "ds_configs")
         (folder / "lengths.txt").write_text("3000 500 96 500", encoding="utf-8")
         (folder / "ds_config.json").write_text(json.dumps({"sequence_parallel": {"size": "auto"}}), encoding="utf-8")
 

@@ -18,7 +18,7 @@ import ds_cp
 from ds_cp import cli, config
 from tests.unit.docs_commands import HISTORY, PAGES, ROOT, Command, commands
 
-KNOWN = ("scripts/quickstart", "scripts/test", "sudo", "accelerate", "source", "python")
+KNOWN = ("scripts/quickstart", "scripts/test", "sudo", "accelerate", "source", "python", "export")
 """Commands that other tests and CI start (tests/unit/test_commands.py); here only their files are looked for."""
 
 
@@ -89,7 +89,8 @@ def test_links_to_files_resolve(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_python_compiles_and_names_of_the_package_exist(page: Path) -> None:
-    for block in blocks(page, "python"):
+    programs = ["\n".join(line[1:] for line in b.splitlines() if line[:1] != "-") for b in blocks(page, "diff") if "@@" not in b]
+    for block in blocks(page, "python") + programs:
         used = {
             node.attr
             for node in ast.walk(ast.parse(block))
