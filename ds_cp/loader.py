@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -67,22 +67,22 @@ def data_loader(
     Raises:
         ValueError: the dataset is of neither kind or empty, or has more workers than it may.
     """
-    handle = attach.handle_of(engine)
+    handle, run = attach.handle_of(engine), cast(Any, engine)  # DeepSpeed has no types
     if handle is None:
         ranks = tuple(range(dist.get_world_size()))
         data, reduction = AxisGroup(dist.group.WORLD, ranks, dist.get_rank()), "mean"
     else:
         data, reduction = handle.mesh.data, handle.loss.reduction
     reading = Reading(
-        batch_size=batch_size or engine.train_micro_batch_size_per_gpu(),
+        batch_size=batch_size or run.train_micro_batch_size_per_gpu(),
         making=Making(collate_fn or default_collate),
         shuffle=shuffle,
         seed=seed,
         workers=num_workers,
         drop_last=drop_last,
     )
-    step = Step(engine.gradient_accumulation_steps, count=reduction in ("auto", "token_mean"), fill=reduction != "mean")
-    return StepLoader(dataset, reading, data, step, torch.device(engine.device))
+    step = Step(run.gradient_accumulation_steps, count=reduction in ("auto", "token_mean"), fill=reduction != "mean")
+    return StepLoader(dataset, reading, data, step, torch.device(run.device))
 
 
 class StepLoader:
@@ -134,7 +134,7 @@ class StepLoader:
         self._next = self._at = (int(state["epoch"]), int(state["row"]))
 
     def __len__(self) -> int:
-        deal, rows = self._deal(), len(self.dataset)
+        deal, rows = self._deal(), len(cast(Sized, self.dataset))
         rest = rows % deal.rows
         last = rest and not self._reading.drop_last and (self._step.fill or not deal.lacks(rest))
         return (rows // deal.rows + bool(last)) * deal.accumulation
@@ -168,10 +168,9 @@ class StepLoader:
         if self._streams:
             if hasattr(self.dataset, "set_epoch"):
                 self.dataset.set_epoch(epoch)
-            return DataLoader(
-                Stream(self.dataset, reading.making, deal, row), batch_size=None, num_workers=workers, collate_fn=_as_it_is
-            )
-        keys = Keys(deal, len(self.dataset), reading.seed + epoch if reading.shuffle else None, row)
+            stream = Stream(cast(IterableDataset, self.dataset), reading.making, deal, row)
+            return DataLoader(stream, batch_size=None, num_workers=workers, collate_fn=_as_it_is)
+        keys = Keys(deal, len(cast(Sized, self.dataset)), reading.seed + epoch if reading.shuffle else None, row)
         rows = Rows(self.dataset, reading.making)
         return DataLoader(rows, batch_size=None, sampler=keys, num_workers=workers, collate_fn=_as_it_is)
 
@@ -199,14 +198,14 @@ class StepLoader:
         return [{**batch, "num_items_in_batch": total} for batch in step]
 
 
-def _as_it_is(drawn: Drawn) -> Drawn:
+def _as_it_is(drawn: Any) -> Any:
     return drawn
 
 
 def _check(dataset: Dataset, reading: Reading, streams: bool) -> None:
     if not streams and not isinstance(dataset, Sized):
         raise ValueError(f"training_data: a {type(dataset).__name__} has neither a length nor is it an IterableDataset")
-    if not streams and not len(dataset):
+    if not streams and not len(cast(Sized, dataset)):
         raise ValueError("training_data: the dataset has no rows")
     if streams and reading.workers > 1:
         raise ValueError(

@@ -7,7 +7,7 @@ them, HF's own norm, gate and output projection. `SOURCES` says which forward th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +32,21 @@ def mixers(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if type(module).__name__ in SOURCES}
 
 
+class Layer(Protocol):
+    """What is read of such a module."""
+
+    num_attention_heads: int
+    slope_rate: Tensor
+    act_fn: Callable[[Tensor], Tensor]
+    qkv_proj: Callable[[Tensor], Tensor]
+    output_gate: Callable[[Tensor], Tensor]
+    norm: Callable[[Tensor], Tensor]
+    out_proj: Callable[[Tensor], Tensor]
+
+
 def scan_heads(module: nn.Module) -> tuple[int, int]:
-    return module.num_attention_heads, module.num_attention_heads
+    heads = cast(Layer, module).num_attention_heads
+    return heads, heads
 
 
 def attach(module: nn.Module) -> Callable[[], None]:
@@ -50,10 +63,11 @@ def _forward(
     **_: Any,
 ) -> tuple[Tensor, None]:
     """[1, T, hidden] to the same, of this rank's tokens."""
-    context = begin(module, cp, past_key_values, attention_mask)
-    qkv = module.act_fn(module.qkv_proj(hidden_states)).squeeze(0).unflatten(-1, (module.num_attention_heads, -1))
-    out = lightning.mix(*qkv.chunk(3, dim=-1), module.slope_rate.flatten(), context).flatten(1).unsqueeze(0)
-    return module.out_proj(torch.sigmoid(module.output_gate(hidden_states)) * module.norm(out)), None
+    context, layer = begin(module, cp, past_key_values, attention_mask), cast(Layer, module)
+    qkv = layer.act_fn(layer.qkv_proj(hidden_states)).squeeze(0).unflatten(-1, (layer.num_attention_heads, -1))
+    q, k, v = qkv.chunk(3, dim=-1)
+    out = lightning.mix(q, k, v, layer.slope_rate.flatten(), context).flatten(1).unsqueeze(0)
+    return layer.out_proj(torch.sigmoid(layer.output_gate(hidden_states)) * layer.norm(out)), None
 
 
 def tiny(model_type: str) -> PretrainedConfig:

@@ -53,7 +53,7 @@ class Door:
         self.module = model.get_output_embeddings()
         self.chunk, self.kernel = chunk, kernel
         self._scale, self._softcap = scaling(model.config)
-        self._plain: Callable[[Tensor], Tensor] | None = None
+        self._plain: Callable[..., Tensor] | None = None
         self._had_own_forward = False
         self._call: Call | None = None
 
@@ -78,7 +78,8 @@ class Door:
         terms = Terms(float(asked.get("label_smoothing") or 0), float(asked.get("z_loss") or 0))
         if not 0 <= terms.label_smoothing < 1 or terms.z_loss < 0:
             raise ValueError(f"batch: label_smoothing must be in [0, 1) and z_loss at least 0, got {terms}")
-        targets, tile = local.get("labels"), 0
+        tile: int | Literal["auto"] = 0
+        targets = local.get("labels")
         if targets is not None and self._plain is not None and not asked.get("return_logits"):
             tile = tile_of(self.chunk, vocabulary(self.module), targets.numel(), self._logit_bytes())
             if self.kernel == "liger":
@@ -96,12 +97,13 @@ class Door:
                     'sequence_parallel.loss_chunk "auto"'
                 )
             del local["labels"]  # the model then asks for no loss
-            tile = self.chunk if self.chunk not in ("auto", 0) else auto_tile(vocabulary(self.module))
+            tile = auto_tile(vocabulary(self.module)) if self.chunk in ("auto", 0) else self.chunk
+        assert tile != "auto"
         self._call = Call(terms, tile, targets, context.weights, values)
 
     def _logit_bytes(self) -> int:
         weight = next(self.module.parameters())
-        plain = weight.is_cuda and self._softcap is None and _is_linear(self.module, self._plain)
+        plain = weight.is_cuda and self._softcap is None and self._plain is not None and _is_linear(self.module, self._plain)
         return weight.element_size() if plain and weight.dtype in FUSED_DTYPES else 4
 
     def loss_arguments(self, logits: Tensor, context: SequenceContext | None) -> dict[str, Any]:
@@ -114,6 +116,7 @@ class Door:
         if call.local is None:
             return {"terms": call.terms}
         if context is not None and context.census is not None:
+            assert call.expected is not None, "it comes with the local sum"
             _check_probe(logits, call.expected)
         return {"local": joined(call.local, logits)}
 
@@ -123,7 +126,7 @@ class Door:
         if call is None or (call.local is None and call.values is None):
             return output
         if call.values is not None:
-            if call.local is None or output.logits.shape != call.expected.shape:
+            if call.local is None or call.expected is None or output.logits.shape != call.expected.shape:
                 raise ValueError("model: its logits are not what its output head gave, so token_logprobs would be wrong for it")
             if context.census is not None:
                 _check_probe(output.logits, call.expected)
@@ -138,12 +141,14 @@ class Door:
         return type(output)(**{**output, "logits": None})
 
     def _forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        call = self._call
+        call, plain = self._call, self._plain
+        assert plain is not None, "it stands in for it"
         if call is None or not call.tile:
-            return self._plain(hidden, *args, **kwargs)
+            return plain(hidden, *args, **kwargs)
         tile, call.tile = call.tile, 0  # once a call
+        assert call.targets is not None, "tiles are of targets"
         _refuse_leaf_without_input_gradient(self.module, hidden)
-        head = Head(self._plain, tuple(self.module.parameters()), _is_linear(self.module, self._plain), self._scale, self._softcap)
+        head = Head(plain, tuple(self.module.parameters()), _is_linear(self.module, plain), self._scale, self._softcap)
         if call.values is not None:
             call.local, output = token_values(hidden, head, tile, call.targets, call.values)
         elif self.kernel == "liger":

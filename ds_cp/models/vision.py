@@ -169,7 +169,7 @@ class Door:
             if kind in kinds and grid is None:
                 raise ValueError(f"batch: {PIXELS[kind]} without {kind}_grid_thw; give what the processor returned")
             tokens = 0 if ids_BS is None else int(self._is_of(kind, ids_BS).sum())
-            features = sum(self._features_of(grid)) if kind in kinds else 0
+            features = sum(self._features_of(grid)) if grid is not None and kind in kinds else 0
             if tokens != features:
                 raise ValueError(f"batch: input_ids hold {tokens} {kind} tokens, {PIXELS[kind]} make {features}; truncate no image")
         if kinds and given.get("position_ids") is None and "mm_token_type_ids" not in taken:
@@ -225,11 +225,11 @@ class Door:
         layers = (output.pooler_output, *(getattr(output, "deepstack_features", None) or ()))
         features_FC = torch.cat([torch.cat(images) for images in layers], -1)
         counts = [n for grid in grids for n in self._features_of(grid)]
-        owners = torch.tensor(owners, dtype=torch.long).repeat_interleave(torch.tensor(counts, dtype=torch.long))
-        places = torch.zeros_like(owners)
+        owner_F = torch.tensor(owners, dtype=torch.long).repeat_interleave(torch.tensor(counts, dtype=torch.long))
+        place_F = torch.zeros_like(owner_F)
         for rank in range(seq.size):
-            places[owners == rank] = torch.arange(int((owners == rank).sum()))
-        return Encoded(kinds or ("image",), output, features_FC if own else features_FC[:0], owners, places)
+            place_F[owner_F == rank] = torch.arange(int((owner_F == rank).sum()))
+        return Encoded(kinds or ("image",), output, features_FC if own else features_FC[:0], owner_F, place_F)
 
     def _blank(self) -> tuple[Tensor, Tensor]:
         """Pixels and grid of the smallest image that the tower takes."""
