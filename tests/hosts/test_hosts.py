@@ -172,11 +172,12 @@ def test_the_selftest_passes_over_a_hostfile(hosts: Hosts, tmp_path: Path) -> No
 
 @two_hosts
 def test_the_interface_carries_what_the_formula_says(hosts: Hosts, tmp_path: Path) -> None:
-    """Keys and values once in forward, once in backward, and their gradients home; what does not grow with the row is left out."""
+    """Keys and values in forward and, unless kept, in backward; their gradients; what does not grow with the row is left out."""
     out = tmp_path / "out.json"
     job = Job(hosts, tmp_path, "tests.hosts.traffic_job", out)
     assert job.codes() == [0, 0], job.says(0)[-4000:]
-    short, long = (json.loads(out.read_text())[str(tokens)] for tokens in traffic_job.LENGTHS)
-    wanted = traffic_job.attention_bytes(traffic_job.LENGTHS[1]) - traffic_job.attention_bytes(traffic_job.LENGTHS[0])
-    print(f"{short} and {long} bytes a step, {(long - short) / wanted:.4f} of the formula for what is between them")
-    assert 0.999 * wanted <= long - short <= 1.03 * wanted, "headers of packets, acknowledgements, and the watch's beats"
+    for kept in traffic_job.KEPT:
+        short, long = (json.loads(out.read_text())[kept][str(tokens)] for tokens in traffic_job.LENGTHS)
+        fewer, more = (traffic_job.attention_bytes(tokens, kept) for tokens in traffic_job.LENGTHS)
+        print(f"kept {kept}: {short} and {long} bytes a step, {(long - short) / (more - fewer):.4f} of the formula between them")
+        assert 0.999 <= (long - short) / (more - fewer) <= 1.03, "headers of packets, acknowledgements, and the watch's beats"
