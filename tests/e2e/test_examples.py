@@ -11,7 +11,6 @@ import difflib
 import json
 import os
 import random
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +22,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.qwen3 import Qwen3Config
 
 from scripts import train_data, train_plot
+from tests.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "scripts" / "examples"
@@ -172,13 +172,7 @@ def flags(options: dict[str, Any]) -> list[str]:
 
 
 def launcher(ranks: int) -> list[str]:
-    return [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", str(ranks), "--master_port", free_port()]
-
-
-def free_port() -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
+    return [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", str(ranks), "--master_port", str(free_port())]
 
 
 def run(command: list[str], folder: Path, **environment: str) -> str:
@@ -248,7 +242,7 @@ def test_accelerate_launch_with_a_deepspeed_config(logs: dict[str, dict[str, Any
         "--mixed_precision",
         "no",
         "--main_process_port",
-        free_port(),
+        str(free_port()),
     ]
     options = {"model_name_or_path": folder / "model", "dataset_name": folder / data, "output_dir": output, **COMMON, **options}
     run([*launch, str(EXAMPLES / f"{script}.py"), *flags(options)], folder)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 240
@@ -23,12 +24,6 @@ MODEL = (
 )
 
 
-def free_port() -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
-
-
 def launch(tmp_path: Path, block: dict[str, Any], *arguments: str, environment: dict[str, str] | None = None) -> tuple[int, str]:
     """(exit code, output) of scripts/train.py on two CPU ranks; a hang is a TimeoutExpired."""
     config = tmp_path / "ds_config.json"
@@ -36,10 +31,10 @@ def launch(tmp_path: Path, block: dict[str, Any], *arguments: str, environment: 
     config.write_text(json.dumps({"sequence_parallel": block, "zero_optimization": {"stage": 1}, **sizes}))
     text = tmp_path / "text.txt"
     text.write_text("some words to train on\n" * 200)
-    command = ["deepspeed", "--num_accelerators", "2", "--master_port", free_port(), "scripts/train.py", "--deepspeed", str(config)]
-    options = ["--data", str(text), "--max_steps", "1", "--output_dir", str(tmp_path / "out"), "--save_strategy", "no"]
+    command = ["deepspeed", "--num_accelerators", "2", "--master_port", str(free_port()), "scripts/train.py"]
+    files = ["--deepspeed", str(config), "--data", str(text), "--output_dir", str(tmp_path / "out")]
     run = subprocess.run(
-        [*command, *MODEL, *options, *arguments],
+        [*command, *MODEL, *files, "--max_steps", "1", "--save_strategy", "no", *arguments],
         cwd=ROOT,
         env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **(environment or {})},
         stdout=subprocess.PIPE,
@@ -81,7 +76,7 @@ def test_a_lock_that_a_dead_build_left_is_named(tmp_path: Path) -> None:
 
 def test_ranks_that_do_not_come_are_told_of_in_time() -> None:
     """As where the launcher could not reach a host: torch's store waits half an hour by default."""
-    alone = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    alone = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     program = [sys.executable, "-c", "import ds_cp; ds_cp.init_distributed(2.0)"]
     run = subprocess.run(program, cwd=ROOT, env={**os.environ, **alone}, capture_output=True, text=True, timeout=TIMEOUT_S)
     assert run.returncode != 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from transformers.models.qwen3 import Qwen3Config
 
 from scripts import train_data, train_plot
 from scripts.train_data import IGNORE, DataArguments, PackedRows
+from tests.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 240
@@ -90,10 +90,7 @@ def save_texts(path: Path) -> Path:
 
 
 def launcher() -> list[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    return [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "2", "--master_port", port]
+    return [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "2", "--master_port", str(free_port())]
 
 
 def train(command: list[str], model: Path, output: Path, **changes: Any) -> None:

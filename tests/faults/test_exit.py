@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import sys
+
+from tests.ports import free_port
 
 PROGRAM = """
 import os, sys, time
@@ -21,9 +22,6 @@ print("done")
 
 
 def test_the_watch_does_not_abort_a_process_that_ends() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ended = subprocess.run([sys.executable, "-c", PROGRAM, str(port)], capture_output=True, text=True, timeout=120)
+    ended = subprocess.run([sys.executable, "-c", PROGRAM, str(free_port())], capture_output=True, text=True, timeout=120)
     assert ended.stdout.strip().endswith("done")
     assert ended.returncode == 0, ended.stderr[-2000:]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -17,10 +16,11 @@ from pathlib import Path
 import pytest
 
 from tests.faults.job import STEPS
+from tests.ports import free_port
 
 ROOT = Path(__file__).parents[2]
-BOUND_S = 45
-"""For a run to end after a fault: its timeouts are 6 s, and this machine may be slow."""
+BOUND_S = 90
+"""For a run to end after a fault: its timeouts are 10 s, and other tests may run beside it."""
 
 
 @dataclass
@@ -35,10 +35,7 @@ class Ended:
 
 def run(folder: Path, what: str, ranks: int = 2, kill_left: bool = False) -> Ended:
     """Starts the ranks by themselves, so that no launcher ends the survivors."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {**os.environ, "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared = {**os.environ, "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     files = [folder.parent / f"{folder.name}-{what}-{rank}.log" for rank in range(ranks)]
     processes = []
     for rank, file in enumerate(files):
@@ -67,7 +64,7 @@ def survivors_end(processes: list[subprocess.Popen], files: list[Path]) -> float
         time.sleep(0.2)
     for process in processes[1:]:
         try:
-            process.wait(15)
+            process.wait(30)
         except subprocess.TimeoutExpired:
             continue
     return time.monotonic() - last
