@@ -20,7 +20,7 @@ from tests.hosts import traffic_job
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "scripts" / "hosts"
-TIMEOUT_S = 240
+TIMEOUT_S = 600
 BAR = 1e-5
 
 WHY_NOT = subprocess.run([TOOL, "check"], capture_output=True, text=True).stderr.strip()
