@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from ds_cp import convolution, kda
 from ds_cp.batch import SequenceContext
 from ds_cp.kernels.delta import ACTIVATIONS
 from ds_cp.models.attention_only import TINY, mixing
-from ds_cp.models.mixer import begin, parameters, replace
+from ds_cp.models.mixer import GatedNorm, Map, Parameters, begin, parameters, replace
 
 __all__ = ["APART", "HANDLES", "MODEL_TYPES", "attach", "halo", "mixers", "mixing", "refuse", "scan_heads", "settle", "tiny"]
 
@@ -36,16 +36,43 @@ def mixers(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if type(module).__name__ in SOURCES}
 
 
+class ForgetGate(Protocol):
+    A_log: Tensor
+    dt_bias: Tensor
+
+    def __call__(self, hidden_states: Tensor, /) -> Tensor: ...
+
+
+class Mixer(Protocol):
+    """What is read of such a module; of the gate's projections it has one or two."""
+
+    conv_kernel_size: int
+    num_heads: int
+    head_dim: int
+    conv1d: Parameters
+    q_proj: Map
+    k_proj: Map
+    v_proj: Map
+    b_proj: Map
+    g_proj: Map
+    g_a_proj: Map
+    g_b_proj: Map
+    o_proj: Map
+    forget_gate: ForgetGate
+    o_norm: GatedNorm
+
+
 def halo(module: nn.Module) -> int:
-    return module.conv_kernel_size - 1
+    return cast(Mixer, module).conv_kernel_size - 1
 
 
 def scan_heads(module: nn.Module) -> tuple[int, int]:
-    return module.num_heads, module.num_heads
+    heads = cast(Mixer, module).num_heads
+    return heads, heads
 
 
 def attach(module: nn.Module) -> Callable[[], None]:
-    return replace([(module, _forward), (module.conv1d, parameters)])
+    return replace([(module, _forward), (cast(nn.Module, module.conv1d), parameters)])
 
 
 def _forward(
@@ -57,16 +84,17 @@ def _forward(
     **_: Any,
 ) -> Tensor:
     """[1, T, hidden] to the same, of this rank's tokens."""
-    context = begin(module, cp, cache_params, attention_mask)
-    by_head = (module.num_heads, module.head_dim)
-    qkv = torch.cat([module.q_proj(hidden_states), module.k_proj(hidden_states), module.v_proj(hidden_states)], dim=-1)
-    weight, bias = module.conv1d(hidden_states)
+    context, mixer = begin(module, cp, cache_params, attention_mask), cast(Mixer, module)
+    assert context.held.halo is not None, "planned without the convolution"
+    by_head = (mixer.num_heads, mixer.head_dim)
+    qkv = torch.cat([mixer.q_proj(hidden_states), mixer.k_proj(hidden_states), mixer.v_proj(hidden_states)], dim=-1)
+    weight, bias = mixer.conv1d(hidden_states)
     qkv = functional.silu(convolution.convolve(qkv.squeeze(0), weight, bias, len(weight), context.held.halo))
     q, k, v = (x.unflatten(-1, by_head) for x in qkv.chunk(3, dim=-1))
-    g, b = module.forget_gate(hidden_states).squeeze(0), module.b_proj(hidden_states).squeeze(0)
+    g, b = mixer.forget_gate(hidden_states).squeeze(0), mixer.b_proj(hidden_states).squeeze(0)
     out = kda.mix(q, k, v, g.to(torch.promote_types(g.dtype, torch.float32)), b, context).unsqueeze(0)
-    gate = module.g_b_proj(module.g_a_proj(hidden_states)) if hasattr(module, "g_b_proj") else module.g_proj(hidden_states)
-    return module.o_proj(module.o_norm(out, gate.unflatten(-1, by_head)).flatten(2))
+    gate = mixer.g_b_proj(mixer.g_a_proj(hidden_states)) if hasattr(module, "g_b_proj") else mixer.g_proj(hidden_states)
+    return mixer.o_proj(mixer.o_norm(out, gate.unflatten(-1, by_head)).flatten(2))
 
 
 _TINY: dict[str, Any] = {
@@ -101,10 +129,10 @@ def settle(model: nn.Module) -> None:
     """As in `gated_delta`: slow decay, and norms that divide by nothing small. (With a bound of -5 of its decays, and so next to no
     state, transformers in fp32 is 3e-5 off its gradients of the forget gate in fp64.)"""
     generator = torch.Generator().manual_seed(3)
-    for module in mixers(model).values():
-        nn.init.uniform_(module.forget_gate.A_log, *map(math.log, (0.1, 0.5)), generator=generator)
-        nn.init.uniform_(module.forget_gate.dt_bias, -2.0, 0.0, generator=generator)
-        module.o_norm.variance_epsilon = 0.1
+    for mixer in (cast(Mixer, module) for module in mixers(model).values()):
+        nn.init.uniform_(mixer.forget_gate.A_log, math.log(0.1), math.log(0.5), generator=generator)
+        nn.init.uniform_(mixer.forget_gate.dt_bias, -2.0, 0.0, generator=generator)
+        mixer.o_norm.variance_epsilon = 0.1
 
 
 def refuse(config: PretrainedConfig) -> str | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from ds_cp import convolution, mamba1
 from ds_cp.batch import SequenceContext
 from ds_cp.kernels.delta import ACTIVATIONS
 from ds_cp.models.attention_only import TINY
-from ds_cp.models.mixer import begin, parameters, replace
+from ds_cp.models.mixer import Map, Parameters, begin, parameters, replace
 
 __all__ = ["APART", "HANDLES", "MODEL_TYPES", "attach", "halo", "mixers", "mixing", "refuse", "scan_heads", "settle", "tiny"]
 
@@ -36,13 +36,43 @@ def mixers(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if type(module).__name__ in SOURCES}
 
 
+class Mixer(Protocol):
+    """What is read of such a module."""
+
+    conv_kernel_size: int
+    intermediate_size: int
+    time_step_rank: int
+    ssm_state_size: int
+    A_log: Tensor
+    D: Tensor
+    act: Map
+    conv1d: Parameters
+    in_proj: Map
+    out_proj: Map
+
+
+class Jamba(Mixer, Protocol):
+    x_proj: Map
+    dt_proj: Parameters
+    dt_layernorm: Map
+    b_layernorm: Map
+    c_layernorm: Map
+
+
+class Zamba(Mixer, Protocol):
+    n_mamba_heads: int
+    x_proj_weight: Tensor
+    dt_proj_weight: Tensor
+    dt_proj_bias: Tensor
+
+
 def halo(module: nn.Module) -> int:
-    return module.conv_kernel_size - 1
+    return cast(Mixer, module).conv_kernel_size - 1
 
 
 def scan_heads(module: nn.Module) -> tuple[int, int]:
     """Channels are the heads; those of one of Zamba's heads have their B and C in common, all of Jamba's."""
-    return module.intermediate_size, getattr(module, "n_mamba_heads", 1)
+    return cast(Mixer, module).intermediate_size, getattr(module, "n_mamba_heads", 1)
 
 
 def mixing(config: PretrainedConfig) -> int:
@@ -52,8 +82,8 @@ def mixing(config: PretrainedConfig) -> int:
 
 def attach(module: nn.Module) -> Callable[[], None]:
     if type(module).__name__ == ZAMBA:
-        return replace([(module, _zamba), (module.conv1d, parameters)])
-    return replace([(module, _jamba), (module.conv1d, parameters), (module.dt_proj, parameters)])
+        return replace([(module, _zamba), (cast(nn.Module, module.conv1d), parameters)])
+    return replace([(module, _jamba), (cast(nn.Module, module.conv1d), parameters), (cast(nn.Module, module.dt_proj), parameters)])
 
 
 def _jamba(
@@ -65,15 +95,16 @@ def _jamba(
     **_: Any,
 ) -> Tensor:
     """[1, T, hidden] to the same, of this rank's tokens."""
-    context = begin(module, cp, cache_params, attention_mask)
-    x, gate = module.in_proj(hidden_states).squeeze(0).chunk(2, dim=-1)
-    x = _convolved(module, x, hidden_states, context)
-    dt, b, c = module.x_proj(x).split([module.time_step_rank, module.ssm_state_size, module.ssm_state_size], dim=-1)
-    dt, b, c = module.dt_layernorm(dt), module.b_layernorm(b), module.c_layernorm(c)
-    weight, bias = module.dt_proj(dt)
-    a = -module.A_log.to(_work(x)).exp()
-    out = mamba1.mix(x, functional.linear(dt, weight), b.unsqueeze(1), c.unsqueeze(1), a, module.D, bias, context)
-    return module.out_proj((out * functional.silu(gate)).unsqueeze(0))
+    context, mixer = begin(module, cp, cache_params, attention_mask), cast(Jamba, module)
+    x, gate = mixer.in_proj(hidden_states).squeeze(0).chunk(2, dim=-1)
+    x = _convolved(mixer, x, hidden_states, context)
+    dt, b, c = mixer.x_proj(x).split([mixer.time_step_rank, mixer.ssm_state_size, mixer.ssm_state_size], dim=-1)
+    dt, b, c = mixer.dt_layernorm(dt), mixer.b_layernorm(b), mixer.c_layernorm(c)
+    weight, bias = mixer.dt_proj(dt)
+    assert bias is not None, "Jamba gives this projection a bias"
+    a = -mixer.A_log.to(_work(x)).exp()
+    out = mamba1.mix(x, functional.linear(dt, weight), b.unsqueeze(1), c.unsqueeze(1), a, mixer.D, bias, context)
+    return mixer.out_proj((out * functional.silu(gate)).unsqueeze(0))
 
 
 def _zamba(
@@ -85,20 +116,21 @@ def _zamba(
     **_: Any,
 ) -> Tensor:
     """The same with a projection of each head's own, whose outputs x and gate take turns in that of the whole."""
-    context = begin(module, cp, cache_params, attention_mask)
-    x, gate = module.in_proj(hidden_states).squeeze(0).unflatten(-1, (-1, 2)).unbind(-1)
-    x = _convolved(module, x, hidden_states, context)
-    projected = torch.einsum("tgx,gcx->tgc", x.unflatten(-1, (module.n_mamba_heads, -1)), module.x_proj_weight)
-    dt, b, c = projected.split([module.time_step_rank, module.ssm_state_size, module.ssm_state_size], dim=-1)
-    dt = torch.einsum("tgr,gxr->tgx", dt, module.dt_proj_weight).flatten(1)
-    a = -module.A_log.flatten(0, 1).to(_work(x)).exp()
-    out = mamba1.mix(x, dt, b, c, a, module.D.flatten(), module.dt_proj_bias.flatten(), context)
-    return module.out_proj((out * functional.silu(gate)).unsqueeze(0))
+    context, mixer = begin(module, cp, cache_params, attention_mask), cast(Zamba, module)
+    x, gate = mixer.in_proj(hidden_states).squeeze(0).unflatten(-1, (-1, 2)).unbind(-1)
+    x = _convolved(mixer, x, hidden_states, context)
+    projected = torch.einsum("tgx,gcx->tgc", x.unflatten(-1, (mixer.n_mamba_heads, -1)), mixer.x_proj_weight)
+    dt, b, c = projected.split([mixer.time_step_rank, mixer.ssm_state_size, mixer.ssm_state_size], dim=-1)
+    dt = torch.einsum("tgr,gxr->tgx", dt, mixer.dt_proj_weight).flatten(1)
+    a = -mixer.A_log.flatten(0, 1).to(_work(x)).exp()
+    out = mamba1.mix(x, dt, b, c, a, mixer.D.flatten(), mixer.dt_proj_bias.flatten(), context)
+    return mixer.out_proj((out * functional.silu(gate)).unsqueeze(0))
 
 
-def _convolved(module: nn.Module, x_TV: Tensor, hidden_states: Tensor, context: SequenceContext) -> Tensor:
-    weight, bias = module.conv1d(hidden_states)
-    return module.act(convolution.convolve(x_TV, weight, bias, len(weight), context.held.halo))
+def _convolved(mixer: Mixer, x_TV: Tensor, hidden_states: Tensor, context: SequenceContext) -> Tensor:
+    assert context.held.halo is not None, "planned without the convolution"
+    weight, bias = mixer.conv1d(hidden_states)
+    return mixer.act(convolution.convolve(x_TV, weight, bias, len(weight), context.held.halo))
 
 
 def _work(x: Tensor) -> torch.dtype:
@@ -144,7 +176,7 @@ def settle(model: nn.Module) -> None:
         elif name.endswith(("x_proj_weight", "dt_proj_weight")):
             nn.init.normal_(parameter, std=0.3, generator=generator)
         elif name.endswith("A_log"):
-            nn.init.uniform_(parameter, *map(math.log, (0.05, 0.5)), generator=generator)
+            nn.init.uniform_(parameter, math.log(0.05), math.log(0.5), generator=generator)
 
 
 def refuse(config: PretrainedConfig) -> str | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from ds_cp import mamba2
 from ds_cp.batch import SequenceContext
 from ds_cp.kernels.delta import ACTIVATIONS
 from ds_cp.models.attention_only import TINY, halo
-from ds_cp.models.mixer import begin, parameters, replace
+from ds_cp.models.mixer import GatedNorm, Map, Parameters, begin, parameters, replace
 
 __all__ = ["APART", "HANDLES", "MODEL_TYPES", "attach", "halo", "mixers", "mixing", "refuse", "scan_heads", "settle", "tiny"]
 
@@ -42,8 +42,27 @@ def mixers(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if type(module).__name__ in SOURCES}
 
 
+class Mixer(Protocol):
+    """What is read of such a module."""
+
+    num_heads: int
+    n_groups: int
+    ssm_state_size: int
+    intermediate_size: int
+    activation: str
+    time_step_limit: tuple[float, float]
+    A_log: Tensor
+    D: Tensor
+    dt_bias: Tensor
+    conv1d: Parameters
+    in_proj: Map
+    norm: GatedNorm
+    out_proj: Map
+
+
 def scan_heads(module: nn.Module) -> tuple[int, int]:
-    return module.num_heads, module.n_groups
+    mixer = cast(Mixer, module)
+    return mixer.num_heads, mixer.n_groups
 
 
 def mixing(config: PretrainedConfig) -> int:
@@ -52,7 +71,7 @@ def mixing(config: PretrainedConfig) -> int:
 
 
 def attach(module: nn.Module) -> Callable[[], None]:
-    return replace([(module, _forward), (module.conv1d, parameters)])
+    return replace([(module, _forward), (cast(nn.Module, module.conv1d), parameters)])
 
 
 def _forward(
@@ -64,30 +83,30 @@ def _forward(
     **_: Any,
 ) -> Tensor:
     """[1, T, hidden] to the same, of this rank's tokens."""
-    context = begin(module, cp, cache_params, attention_mask)
-    projected = module.in_proj(hidden_states * getattr(module, "ssm_in_multiplier", 1.0))
+    context, mixer = begin(module, cp, cache_params, attention_mask), cast(Mixer, module)
+    projected = mixer.in_proj(hidden_states * getattr(module, "ssm_in_multiplier", 1.0))
     projected = projected * getattr(module, "mup_vector", 1.0)
-    of_groups = module.n_groups * module.ssm_state_size
-    sizes = (module.intermediate_size, module.intermediate_size, of_groups, of_groups, module.num_heads)
+    of_groups = mixer.n_groups * mixer.ssm_state_size
+    sizes = (mixer.intermediate_size, mixer.intermediate_size, of_groups, of_groups, mixer.num_heads)
     gate, x, b, c, dt = projected.split(sizes, dim=-1)
-    weight, bias = module.conv1d(hidden_states)
+    weight, bias = mixer.conv1d(hidden_states)
     layer = mamba2.Layer(
         conv_CW=weight.squeeze(1),
         conv_bias_C=bias,
-        activation=module.activation,
-        a_log_V=module.A_log,
-        d_V=module.D,
-        dt_bias_V=module.dt_bias,
-        dt_limit=module.time_step_limit,
+        activation=mixer.activation,
+        a_log_V=mixer.A_log,
+        d_V=mixer.D,
+        dt_bias_V=mixer.dt_bias,
+        dt_limit=mixer.time_step_limit,
     )
-    x, b, c = (part.squeeze(0).unflatten(-1, (n, -1)) for part, n in zip((x, b, c), _heads(module), strict=True))
+    x, b, c = (part.squeeze(0).unflatten(-1, (n, -1)) for part, n in zip((x, b, c), _heads(mixer), strict=True))
     out = mamba2.mix(x, b, c, dt.squeeze(0), layer, context).flatten(1).unsqueeze(0)
-    normed = module.norm(out, gate) if getattr(module, "mamba_rms_norm", True) else out * functional.silu(gate)
-    return module.out_proj(normed.to(hidden_states.dtype))
+    normed = mixer.norm(out, gate) if getattr(module, "mamba_rms_norm", True) else out * functional.silu(gate)
+    return mixer.out_proj(normed.to(hidden_states.dtype))
 
 
-def _heads(module: nn.Module) -> tuple[int, int, int]:
-    return module.num_heads, module.n_groups, module.n_groups
+def _heads(mixer: Mixer) -> tuple[int, int, int]:
+    return mixer.num_heads, mixer.n_groups, mixer.n_groups
 
 
 _MAMBA: dict[str, Any] = {
@@ -180,11 +199,11 @@ def settle(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if name.endswith(("bias", ".D")):
             nn.init.normal_(parameter, std=0.2, generator=generator)
-    for module in mixers(model).values():
-        nn.init.uniform_(module.A_log, *map(math.log, (0.1, 0.5)), generator=generator)
-        nn.init.uniform_(module.dt_bias, -2.0, 0.0, generator=generator)
-        if hasattr(module.norm, "variance_epsilon"):
-            module.norm.variance_epsilon = 0.1
+    for mixer in (cast(Mixer, module) for module in mixers(model).values()):
+        nn.init.uniform_(mixer.A_log, math.log(0.1), math.log(0.5), generator=generator)
+        nn.init.uniform_(mixer.dt_bias, -2.0, 0.0, generator=generator)
+        if hasattr(mixer.norm, "variance_epsilon"):
+            mixer.norm.variance_epsilon = 0.1
 
 
 def refuse(config: PretrainedConfig) -> str | None:

@@ -7,7 +7,7 @@ HF has no door into them, so forwards of instances are replaced: HF's own projec
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from transformers import CONFIG_MAPPING, PretrainedConfig
 from ds_cp import convolution
 from ds_cp.batch import SequenceContext
 from ds_cp.models.attention_only import TINY, mixing, scan_heads
-from ds_cp.models.mixer import begin, parameters, replace
+from ds_cp.models.mixer import Map, Parameters, begin, parameters, replace
 from ds_cp.models.relay import Relay
 
 __all__ = ["APART", "HANDLES", "MODEL_TYPES", "attach", "halo", "mixers", "mixing", "refuse", "scan_heads", "settle", "tiny"]
@@ -35,18 +35,51 @@ def mixers(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if type(module).__name__ in (*SHORT_CONV, ZAYA)}
 
 
+class ShortConv(Protocol):
+    """What is read of such a module."""
+
+    conv_kernel_size: int
+    conv: Parameters
+    in_proj: Map
+    out_proj: Map
+
+
+class Grouped(Protocol):
+    """`Parameters` of a convolution in groups."""
+
+    groups: int
+
+    def __call__(self, hidden_states: Tensor, /) -> tuple[Tensor, Tensor | None]: ...
+
+
+class Projection(Protocol):
+    """What is read of ZAYA's."""
+
+    conv_kernel_size: int
+    hidden_size: int
+    head_dim: int
+    num_key_value_groups: int
+    conv_qk_depthwise: Parameters
+    conv_qk_grouped: Grouped
+    q_proj: Map
+    k_proj: Map
+    v_proj_current: Map
+    v_proj_delayed: Map
+
+
 def halo(module: nn.Module) -> int:
     if type(module).__name__ == ZAYA:
-        return max(module.qkv_proj.conv_kernel_size, 1)  # values have a part of the token before
-    return module.conv_kernel_size - 1
+        return max(cast(Projection, module.qkv_proj).conv_kernel_size, 1)  # values have a part of the token before
+    return cast(ShortConv, module).conv_kernel_size - 1
 
 
 def attach(module: nn.Module) -> Callable[[], None]:
     if type(module).__name__ != ZAYA:
-        return replace([(module, _short_conv), (module.conv, parameters)])
-    inner = module.qkv_proj
+        return replace([(module, _short_conv), (cast(nn.Module, module.conv), parameters)])
+    inner = cast(nn.Module, module.qkv_proj)
     relay = Relay(module, inner)
-    undo = replace([(inner, _zaya), (inner.conv_qk_depthwise, parameters), (inner.conv_qk_grouped, parameters)])
+    convolutions = cast(nn.Module, inner.conv_qk_depthwise), cast(nn.Module, inner.conv_qk_grouped)
+    undo = replace([(inner, _zaya), *((conv, parameters) for conv in convolutions)])
 
     def restore() -> None:
         relay.remove()
@@ -64,11 +97,12 @@ def _short_conv(
     **_: Any,
 ) -> Tensor:
     """[1, T, hidden] to the same, of this rank's tokens."""
-    context = begin(module, cp, past_key_values, attention_mask)
-    b, c, x = module.in_proj(hidden_states).chunk(3, dim=-1)
-    weight, bias = module.conv(hidden_states)
+    context, mixer = begin(module, cp, past_key_values, attention_mask), cast(ShortConv, module)
+    assert context.held.halo is not None, "planned without the convolution"
+    b, c, x = mixer.in_proj(hidden_states).chunk(3, dim=-1)
+    weight, bias = mixer.conv(hidden_states)
     mixed = convolution.convolve((b * x).squeeze(0), weight, bias, len(weight), context.held.halo)
-    return module.out_proj(c * mixed.unsqueeze(0))
+    return mixer.out_proj(c * mixed.unsqueeze(0))
 
 
 def _zaya(
@@ -84,27 +118,29 @@ def _zaya(
     """
     if cp is None or past_key_values is not None or conv_mask is not None:
         raise ValueError("model: ZayaCCAProjection was called without ds_cp's context, or with a cache or a mask")
-    q, k = module.q_proj(hidden_states), module.k_proj(hidden_states)
-    nothing = module.v_proj_delayed(hidden_states.new_zeros(1, 1, module.hidden_size))
-    delayed = module.v_proj_delayed(hidden_states) - nothing
-    mixed, delayed = _before_attention(module, torch.cat([q, k], dim=-1), delayed, cp.held.halo)
-    heads, groups = (-1, module.head_dim), module.num_key_value_groups
+    assert cp.held.halo is not None, "planned without the convolution"
+    inner = cast(Projection, module)
+    q, k = inner.q_proj(hidden_states), inner.k_proj(hidden_states)
+    nothing = inner.v_proj_delayed(hidden_states.new_zeros(1, 1, inner.hidden_size))
+    delayed = inner.v_proj_delayed(hidden_states) - nothing
+    mixed, delayed = _before_attention(inner, torch.cat([q, k], dim=-1), delayed, cp.held.halo)
+    heads, groups = (-1, inner.head_dim), inner.num_key_value_groups
     q, k = q.unflatten(-1, heads), k.unflatten(-1, heads)
     q = (q + k.repeat_interleave(groups, dim=2)) * 0.5
     k = q.unflatten(2, (-1, groups)).mean(dim=3)
     q_mixed, k_mixed = mixed.unsqueeze(0).unflatten(-1, heads).split([q.shape[2], k.shape[2]], dim=2)
-    v = torch.cat([module.v_proj_current(hidden_states), delayed + nothing], dim=-1).unflatten(-1, heads)
+    v = torch.cat([inner.v_proj_current(hidden_states), delayed + nothing], dim=-1).unflatten(-1, heads)
     return q + q_mixed, k + k_mixed, v
 
 
-def _before_attention(module: nn.Module, qk: Tensor, delayed: Tensor, at: convolution.Halo) -> tuple[Tensor, Tensor]:
+def _before_attention(inner: Projection, qk: Tensor, delayed: Tensor, at: convolution.Halo) -> tuple[Tensor, Tensor]:
     """q and k through both convolutions [T, C]; the values of the tokens before [T, C]. They travel as one."""
     padded = convolution.pad(torch.cat([qk, delayed], dim=-1).squeeze(0), at)
     qk_PC, delayed_PC = padded.split([qk.shape[-1], delayed.shape[-1]], dim=-1)
-    depthwise, grouped = (conv(qk) for conv in (module.conv_qk_depthwise, module.conv_qk_grouped))
+    depthwise, grouped = inner.conv_qk_depthwise(qk), inner.conv_qk_grouped(qk)
     x = functional.conv1d(qk_PC.T.unsqueeze(0), *depthwise, groups=qk.shape[-1])
-    x = functional.conv1d(x, *grouped, groups=module.conv_qk_grouped.groups)
-    return convolution.own(x.squeeze(0).T, at, module.conv_kernel_size), convolution.own(delayed_PC, at, 1)
+    x = functional.conv1d(x, *grouped, groups=inner.conv_qk_grouped.groups)
+    return convolution.own(x.squeeze(0).T, at, inner.conv_kernel_size), convolution.own(delayed_PC, at, 1)
 
 
 SOURCES: Mapping[str, tuple[str, ...]] = {

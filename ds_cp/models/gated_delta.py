@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +17,40 @@ from torch import Tensor, nn
 from ds_cp.batch import SequenceContext
 from ds_cp.delta import Layer, mix
 from ds_cp.models.attention_only import TINY
-from ds_cp.models.mixer import begin, parameters, replace
+from ds_cp.models.mixer import GatedNorm, Map, Parameters, begin, parameters, replace
 
 Projected = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 """q [1, T, K, H], k [1, T, K, H], v [1, T, V, G], the norm's gate [1, T, V * G], b [1, T, V], a [1, T, V]."""
+
+
+class Mixer(Protocol):
+    """What is read of such a module; each kind has its own projections."""
+
+    key_dim: int
+    value_dim: int
+    head_k_dim: int
+    head_v_dim: int
+    activation: str
+    A_log: Tensor
+    dt_bias: Tensor
+    conv1d: Parameters
+    in_proj_qkv: Map
+    in_proj_z: Map
+    in_proj_b: Map
+    in_proj_a: Map
+    in_proj_qkvz: Map
+    in_proj_ba: Map
+    fix_query_key_value_ordering: Callable[[Tensor, Tensor], Projected]
+    q_proj: Map
+    k_proj: Map
+    v_proj: Map
+    g_proj: Map
+    b_proj: Map
+    a_proj: Map
+    o_norm: GatedNorm
+    norm: GatedNorm
+    o_proj: Map
+    out_proj: Map
 
 
 def mixers(model: nn.Module) -> dict[str, nn.Module]:
@@ -28,7 +58,7 @@ def mixers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def attach(module: nn.Module) -> Callable[[], None]:
-    return replace([(module, _forward), (module.conv1d, parameters)])
+    return replace([(module, _forward), (cast(nn.Module, module.conv1d), parameters)])
 
 
 def _forward(
@@ -40,50 +70,51 @@ def _forward(
     **_: Any,
 ) -> Tensor:
     """[1, T, hidden] to the same, of this rank's tokens."""
-    context = begin(module, cp, cache_params, attention_mask)
-    q, k, v, gate, b, a = _PROJECTIONS[type(module).__name__](module, hidden_states)
-    weight, bias = module.conv1d(hidden_states)
+    context, mixer = begin(module, cp, cache_params, attention_mask), cast(Mixer, module)
+    q, k, v, gate, b, a = _PROJECTIONS[type(module).__name__](mixer, hidden_states)
+    weight, bias = mixer.conv1d(hidden_states)
     layer = Layer(
         conv_CW=weight.squeeze(1),
         conv_bias_C=bias,
-        activation=module.activation,
-        a_log_V=module.A_log,
-        dt_bias_V=module.dt_bias,
+        activation=mixer.activation,
+        a_log_V=mixer.A_log,
+        dt_bias_V=mixer.dt_bias,
         beta_scale=2.0 if getattr(module, "allow_neg_eigval", False) else 1.0,
     )
-    out = mix(*(x.squeeze(0) for x in (q, k, v, b, a)), layer, context)
-    project = module.o_proj if hasattr(module, "o_proj") else module.out_proj
-    out = _norm(module)(out.reshape(-1, out.shape[-1]), gate.reshape(-1, out.shape[-1]))
+    q, k, v, b, a = (x.squeeze(0) for x in (q, k, v, b, a))
+    out = mix(q, k, v, b, a, layer, context)
+    project = mixer.o_proj if hasattr(module, "o_proj") else mixer.out_proj
+    out = _norm(mixer)(out.reshape(-1, out.shape[-1]), gate.reshape(-1, out.shape[-1]))
     return project(out.reshape(*hidden_states.shape[:2], -1))
 
 
-def _norm(module: nn.Module) -> nn.Module:
-    return module.o_norm if hasattr(module, "o_norm") else module.norm
+def _norm(mixer: Mixer) -> GatedNorm:
+    return mixer.o_norm if hasattr(mixer, "o_norm") else mixer.norm
 
 
-def _qwen3_5(module: nn.Module, x: Tensor) -> Projected:
-    sizes = (module.key_dim, module.key_dim, module.value_dim)
-    q, k, v = module.in_proj_qkv(x).split(sizes, dim=-1)
-    q, k, v = _by_head(module, q, k, v)
-    return q, k, v, module.in_proj_z(x), module.in_proj_b(x), module.in_proj_a(x)
+def _qwen3_5(mixer: Mixer, x: Tensor) -> Projected:
+    sizes = (mixer.key_dim, mixer.key_dim, mixer.value_dim)
+    q, k, v = mixer.in_proj_qkv(x).split(sizes, dim=-1)
+    q, k, v = _by_head(mixer, q, k, v)
+    return q, k, v, mixer.in_proj_z(x), mixer.in_proj_b(x), mixer.in_proj_a(x)
 
 
-def _qwen3_next(module: nn.Module, x: Tensor) -> Projected:
-    q, k, v, z, b, a = module.fix_query_key_value_ordering(module.in_proj_qkvz(x), module.in_proj_ba(x))
+def _qwen3_next(mixer: Mixer, x: Tensor) -> Projected:
+    q, k, v, z, b, a = mixer.fix_query_key_value_ordering(mixer.in_proj_qkvz(x), mixer.in_proj_ba(x))
     return q, k, v, z, b, a
 
 
-def _olmo_hybrid(module: nn.Module, x: Tensor) -> Projected:
-    q, k, v = _by_head(module, module.q_proj(x), module.k_proj(x), module.v_proj(x))
-    return q, k, v, module.g_proj(x), module.b_proj(x), module.a_proj(x)
+def _olmo_hybrid(mixer: Mixer, x: Tensor) -> Projected:
+    q, k, v = _by_head(mixer, mixer.q_proj(x), mixer.k_proj(x), mixer.v_proj(x))
+    return q, k, v, mixer.g_proj(x), mixer.b_proj(x), mixer.a_proj(x)
 
 
-def _by_head(module: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    key, value = (-1, module.head_k_dim), (-1, module.head_v_dim)
+def _by_head(mixer: Mixer, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    key, value = (-1, mixer.head_k_dim), (-1, mixer.head_v_dim)
     return q.unflatten(-1, key), k.unflatten(-1, key), v.unflatten(-1, value)
 
 
-_PROJECTIONS: Mapping[str, Callable[[nn.Module, Tensor], Projected]] = {
+_PROJECTIONS: Mapping[str, Callable[[Mixer, Tensor], Projected]] = {
     "Qwen3_5GatedDeltaNet": _qwen3_5,
     "Qwen3_5MoeGatedDeltaNet": _qwen3_5,
     "Qwen3NextGatedDeltaNet": _qwen3_next,
@@ -128,7 +159,7 @@ def settle(model: nn.Module) -> None:
     difference of large sums.
     """
     generator = torch.Generator().manual_seed(3)
-    for module in mixers(model).values():
-        nn.init.uniform_(module.A_log, *map(math.log, (0.1, 0.5)), generator=generator)
-        nn.init.uniform_(module.dt_bias, -2.0, 0.0, generator=generator)
-        _norm(module).variance_epsilon = 0.1
+    for mixer in (cast(Mixer, module) for module in mixers(model).values()):
+        nn.init.uniform_(mixer.A_log, math.log(0.1), math.log(0.5), generator=generator)
+        nn.init.uniform_(mixer.dt_bias, -2.0, 0.0, generator=generator)
+        _norm(mixer).variance_epsilon = 0.1

@@ -4,11 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from ds_cp.batch import SequenceContext
+
+Map = Callable[[Tensor], Tensor]
+"""A projection, a norm or an activation."""
+Parameters = Callable[[Tensor], tuple[Tensor, Tensor | None]]
+"""A module whose forward is `parameters`."""
+
+
+class GatedNorm(Protocol):
+    """HF's norm of (x, gate)."""
+
+    variance_epsilon: float
+
+    def __call__(self, hidden_states: Tensor, gate: Tensor, /) -> Tensor: ...
 
 
 def replace(forwards: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Callable[[], None]:
