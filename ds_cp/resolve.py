@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
-from torch import nn
 
 from ds_cp import topology
 from ds_cp.balance import Chunks
@@ -18,8 +17,11 @@ from ds_cp.kernels import delta as deltas
 from ds_cp.kernels.attention import Kernel
 from ds_cp.models import checks
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-def compute_dtype(ds_config: Mapping[str, Any], model: nn.Module) -> torch.dtype:
+
+def compute_dtype(ds_config: Mapping[str, Any], model: PreTrainedModel) -> torch.dtype:
     """The dtype of activations: what DeepSpeed makes of the model under this config, else the model's own."""
     for names, dtype in {("bf16", "bfloat16"): torch.bfloat16, ("fp16",): torch.float16}.items():
         if any(ds_config.get(name, {}).get("enabled") is True for name in names):
@@ -30,7 +32,9 @@ def compute_dtype(ds_config: Mapping[str, Any], model: nn.Module) -> torch.dtype
     return next(model.parameters()).dtype
 
 
-def methods_of(block: Config, model: nn.Module, degrees: topology.Topology, dtype: torch.dtype, local_world: int = 0) -> Methods:
+def methods_of(
+    block: Config, model: PreTrainedModel, degrees: topology.Topology, dtype: torch.dtype, local_world: int = 0
+) -> Methods:
     """How layers are computed, every "auto" resolved; without `local_world` all ranks are on one node.
 
     Raises:
@@ -68,7 +72,7 @@ def _delta_kernel(block: Config, shapes: list[deltas.Shapes], dtype: torch.dtype
     return kernel
 
 
-def wrong_kernel(methods: Methods, model: nn.Module, degrees: topology.Topology, dtype: torch.dtype) -> str | None:
+def wrong_kernel(methods: Methods, model: PreTrainedModel, degrees: topology.Topology, dtype: torch.dtype) -> str | None:
     """What the attention kernel does not compute, or computes wrong on this rank, of what the model will ask of it."""
     config = model.config.get_text_config()
     split = topology.split_heads(degrees.ulysses, *checks.heads(model)[0])
@@ -84,7 +88,7 @@ def wrong_kernel(methods: Methods, model: nn.Module, degrees: topology.Topology,
     return found and f"sequence_parallel.attention_kernel: {found}"
 
 
-def kernel_of(block: Config, model: nn.Module) -> Kernel:
+def kernel_of(block: Config, model: PreTrainedModel) -> Kernel:
     """The attention kernel, "auto" resolved by the device and the model; refuses one that is of another device or not installed."""
     device = get_accelerator().device_name()
     capability = torch.cuda.get_device_capability()[0] if device == "cuda" else None

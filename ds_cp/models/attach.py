@@ -64,7 +64,9 @@ class Census:
                 f"model: of {len(expected)} layers that mix tokens {len(expected) - len(missing)} ran under ds_cp; "
                 f"{', '.join(missing[:3])} did not run, so training would be wrong"
             )
-        for name, module in expected.items() if times is not None else ():
+        if times is None:
+            return
+        for name, module in expected.items():
             if self.calls[id(module)] != times[id(module)]:
                 raise ValueError(
                     f"model: {name} ran {self.calls[id(module)]} times under ds_cp in one pass, and {times[id(module)]} is how "
@@ -95,7 +97,7 @@ class Handle:
     _scored: scored.Call | None = None
     _local: Tensor | None = None
     """This rank's own part of the loss that was computed last."""
-    _loss: tuple[Late, Tensor, Tensor] | None = None
+    _loss: tuple[Late, Tensor, Tensor | None] | None = None
     """(it is finite, row's loss, own part) of a training forward that was not looked at."""
 
     def apply(self) -> None:
@@ -178,6 +180,7 @@ class Handle:
         (finite, loss, local), self._loss = self._loss, None
         if finite.read():
             return
+        assert local is not None, "a loss that is followed has this rank's part"
         everyone = comm.all_gather(local, self.mesh.seq.group).isfinite().tolist()
         ranks = [rank for rank, finite in zip(self.mesh.seq.ranks, everyone, strict=True) if not finite]
         raise FloatingPointError(
@@ -216,7 +219,7 @@ class Handle:
         return (), {**local, **rest, "use_cache": False, "cp": context}
 
     def _loss_function(self, logits: Tensor, *args: Any, cp: SequenceContext | None = None, **kwargs: Any) -> Tensor:
-        loss = self.loss(logits, *args, cp=cp, **{**kwargs, **self._head.loss_arguments(logits, cp)})
+        loss = self.loss(logits, *args, **{**kwargs, **self._head.loss_arguments(logits, cp), "cp": cp})
         self._local = getattr(loss, LOCAL)
         balance = self._routers.loss(self.loss, kwargs.get("num_items_in_batch"), cp)
         return loss if balance is None else loss + balance
@@ -238,6 +241,7 @@ class Handle:
                 "checkpointing is off; call model.gradient_checkpointing_enable() (Trainer: gradient_checkpointing=True), or set "
                 "it to false"
             )
+        assert self._offload is not None
         embedding = model.get_input_embeddings().weight
         self._offload.begin((1, tokens, model.config.get_text_config().hidden_size), embedding.dtype, embedding.device)
 
@@ -268,15 +272,17 @@ class Handle:
         if isinstance(logits, Tensor):
             setattr(logits, CONTEXT, context)
         self._enter("after the forward" if torch.is_grad_enabled() else "evaluation")
-        loss = getattr(output, "loss", None)
-        if isinstance(loss, Tensor):
-            self._follow(loss, loss.detach(), self._local)
+        shown = getattr(output, "loss", None)
+        if isinstance(shown, Tensor):
+            self._follow(shown, shown.detach(), self._local)
         return output
 
     def _end_scored(self, given: Any, context: SequenceContext) -> scored.TokenOutput:
         call, self._scored = self._scored, None
-        local = given.logits
+        assert call is not None
+        local: Tensor = given.logits
         output = call.end(local, getattr(given, "aux_loss", None), context)
+        assert output.log_probs is not None
         self._follow(output.log_probs, -output.log_probs.detach().sum(), -local[..., 0].detach().sum())
         return output
 

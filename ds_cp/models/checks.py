@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from typing import Protocol, cast
 
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -25,7 +26,7 @@ ENCODER_ATTENTION = "encoder_attn"
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
-def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
+def attention_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
     """Modules of the language model whose forward looks its kernel up in HF's attention interface, by name, but those that attend
     an encoder's output: a causal language model has none, and the census ends a run in which one is called."""
     tower = other_modules(model)
@@ -36,7 +37,7 @@ def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def other_modules(model: nn.Module) -> set[int]:
+def other_modules(model: PreTrainedModel) -> set[int]:
     """Ids of the modules that see images or sound, whole, and not the row: what stands beside the language model, and models inside
     it whose config is another part's."""
     others: set[int] = set()
@@ -49,7 +50,7 @@ def other_modules(model: nn.Module) -> set[int]:
     return others
 
 
-def token_mixers(model: nn.Module) -> dict[str, nn.Module]:
+def token_mixers(model: PreTrainedModel) -> dict[str, nn.Module]:
     """Every module that mixes tokens and runs under ds_cp, by name."""
     family = family_of(model.config)
     return {**attention_modules(model), **(family.mixers(model) if family else {})}
@@ -97,14 +98,33 @@ def scan_heads(model: PreTrainedModel) -> list[tuple[int, int]]:
     return [each for each in found if each is not None]
 
 
+class Delta(Protocol):
+    """What is read of a Gated DeltaNet layer."""
+
+    num_k_heads: int
+    num_v_heads: int
+    head_k_dim: int
+    head_v_dim: int
+    conv_kernel_size: int
+    activation: str
+
+
+class Latent(Protocol):
+    """What is read of a layer of latent attention."""
+
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+
+
 def _shapes(module: nn.Module) -> Shapes:
+    delta = cast(Delta, module)
     return Shapes(
-        key_heads=module.num_k_heads,
-        value_heads=module.num_v_heads,
-        key_size=module.head_k_dim,
-        value_size=module.head_v_dim,
-        conv_width=module.conv_kernel_size,
-        activation=module.activation,
+        key_heads=delta.num_k_heads,
+        value_heads=delta.num_v_heads,
+        key_size=delta.head_k_dim,
+        value_size=delta.head_v_dim,
+        conv_width=delta.conv_kernel_size,
+        activation=delta.activation,
     )
 
 
@@ -120,7 +140,8 @@ def heads(model: PreTrainedModel) -> list[tuple[int, int]]:
     query = _of_all_layers(config, "decoder_attention_heads") or _of_all_layers(config, "num_attention_heads")
     if query is None and not attention_modules(model):  # planned as if its recurrent heads were attention's
         return list(dict.fromkeys(scan_heads(model)))
-    usual = query, _of_all_layers(config, "num_key_value_heads") or query
+    # The config has no number for all layers only where each layer tells its own.
+    usual = cast(tuple[int, int], (query, _of_all_layers(config, "num_key_value_heads") or query))
     return list(dict.fromkeys(_heads_of(module, query) or usual for module in attention_modules(model).values())) or [usual]
 
 
@@ -136,7 +157,8 @@ def _heads_of(module: nn.Module, query: int | None) -> tuple[int, int] | None:
     """A layer's own, which may be others than the config's (Laguna, MiMo, JetMoe), where its parts tell."""
     width = getattr(getattr(module, "k_proj", None), "out_features", None)
     size, groups = getattr(module, "head_dim", None), getattr(module, "num_key_value_groups", None)
-    query = module.num_heads if isinstance(getattr(module, "num_heads", None), int) else query
+    own = getattr(module, "num_heads", None)
+    query = own if isinstance(own, int) else query
     if not isinstance(groups, int) or query is None or query % groups:
         return None
     if not (isinstance(width, int) and isinstance(size, int)) or width % size:
@@ -147,14 +169,13 @@ def _heads_of(module: nn.Module, query: int | None) -> tuple[int, int] | None:
 def head_size(model: PreTrainedModel) -> int:
     """Of queries and keys, the largest; under latent attention values have another, which `attach` pads to it."""
     config = model.config.get_text_config()
-    latent = [
-        module.qk_nope_head_dim + module.qk_rope_head_dim for module in attention_modules(model).values() if _is_latent(module)
-    ]
+    latent = [cast(Latent, module) for module in attention_modules(model).values() if _is_latent(module)]
     if latent:
-        return max(latent)
+        return max(module.qk_nope_head_dim + module.qk_rope_head_dim for module in latent)
     own = [getattr(module, "head_dim", None) for module in attention_modules(model).values()]
-    if own and all(isinstance(size, int) for size in own):
-        return max(own)
+    sizes = [size for size in own if isinstance(size, int)]
+    if own and len(sizes) == len(own):
+        return max(sizes)
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
