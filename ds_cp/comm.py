@@ -139,7 +139,7 @@ class Hop:
         self,
         sent: Sequence[tuple[Tensor, int]],
         received: Sequence[tuple[Tensor, int]],
-        group: dist.ProcessGroup,
+        group: dist.ProcessGroup | None,
         ranks: tuple[int, ...],
         rank: int,
         what: str,

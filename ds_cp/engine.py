@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import deepspeed
 import torch
@@ -75,12 +75,14 @@ def initialize(
     if mpu is not None or mesh_param is not None:
         raise ValueError("mpu, mesh_param: ds_cp brings its own process groups beside DeepSpeed's; leave them out")
     launch.init_distributed(block.comm_timeout_s)  # of one rank, which read the config alone
-    mesh_, methods = prepare(model, block, ds_config)
+    mesh_, methods = prepare(cast(nn.Module, model), block, ds_config)
     factor.verify(ds_config, backward_divides=True)
     ours = {k: v for k, v in ds_config.items() if k != configs.BLOCK}
     ours["sequence_parallel_size"] = mesh_.seq.size  # DeepSpeed's batch arithmetic then counts replicas
     engine, optimizer, _, scheduler = deepspeed.initialize(**given, config=ours)
     handle = attach_model(engine.module, block, mesh_, engine.gradient_accumulation_steps, methods)
+    assert handle.watch is not None
+    assert handle.meter is not None
     handle.watch.follow(engine, "global_steps")
     meter.report_to_monitor(engine, handle.meter)
     loader = None
@@ -100,7 +102,7 @@ def prepare(model: nn.Module, block: Config, ds_config: Mapping[str, Any]) -> tu
     """
     preflight.refuse_compiled(model)
     inner = attach.find(model)
-    preflight.refuse_other_parallelism(ds_config, inner.config.model_type)
+    preflight.refuse_other_parallelism(ds_config, cast(PreTrainedModel, inner).config.model_type)
     agreement.agree(agreement.of_model(inner), agreement.MODEL)
     local_world = mesh.local_world_size()
     degrees, methods, dtype = preflight.together(lambda: _resolve(inner, block, ds_config, local_world))

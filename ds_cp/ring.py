@@ -80,16 +80,18 @@ class RingAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout_SNH: Tensor) -> tuple[Tensor | None, ...]:
-        *saved, context, plan, score = *ctx.saved_tensors, *ctx.rest
+        q, k, v, sink, out, lse, *kept = ctx.saved_tensors
+        context, plan, score = ctx.rest
         with timed("ds_cp attention backward", context.mesh.ring.waits, ATTENTION):
-            return *pull(dout_SNH, *saved[:6], context, plan, score, kept=saved[6:]), None, None, None
+            return *pull(dout_SNH, q, k, v, sink, out, lse, context, plan, score, kept), None, None, None
 
 
 def push(
     q_SNH: Tensor, k_SMH: Tensor, v_SMH: Tensor, sink_N: Tensor | None, context: SequenceContext, plan: Plan, score: Score
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Forward: (out [S, N, H] in q's dtype, lse [S, N], what `plan.kept` has wait for backward)."""
-    tiles_of, lanes, kept = _Push(q_SNH, context, plan, score), Lanes(context.methods.beside), []
+    tiles_of, lanes = _Push(q_SNH, context, plan, score), Lanes(context.methods.beside)
+    kept: list[Tensor] = []
     for turn, block, tiles in arriving(k_SMH, v_SMH, context, plan, lanes, kept if plan.kept else None):
         with lanes.turn(turn):
             for tile in each(tiles, "ds_cp attention tile"):
@@ -131,7 +133,8 @@ def pull(
         dkv = backward_gathered(sums, blocks, k_SMH, context)
     else:
         dkv = backward_hops(sums, blocks, k_SMH, context, plan, lanes)
-    return sums.dq(), *dkv.unbind(), dsink
+    dk, dv = dkv.unbind()
+    return sums.dq(), dk, dv, dsink
 
 
 def _with_sink(out_SNH: Tensor, lse_SN: Tensor, sink_N: Tensor) -> tuple[Tensor, Tensor]:
@@ -177,6 +180,8 @@ class _Push:
         while some := self._waiting[:AT_ONCE]:
             self._waiting = self._waiting[AT_ONCE:]
             self._left -= len(some)
+            assert self._out is not None
+            assert self._lse is not None
             last, work = self._left == 0, self._lse.dtype
             dtype = self._q.dtype if last else work
             into = self._out if self._out.dtype == dtype else torch.empty_like(self._out, dtype=dtype)
@@ -187,6 +192,8 @@ class _Push:
     def result(self) -> tuple[Tensor, Tensor]:
         """(out in q's dtype, lse)."""
         self.merge()
+        assert self._out is not None, "the first tile covers every query"
+        assert self._lse is not None
         return self._out, self._lse
 
 

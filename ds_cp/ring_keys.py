@@ -16,8 +16,8 @@ from ds_cp.batch import SequenceContext
 from ds_cp.lanes import Lanes
 from ds_cp.tiles import Halo, Plan, Tile
 
-Block = Tensor | tuple[Tensor, Tensor]
-"""[2, keys, M, H], or the pair (k, v)."""
+Block = Tensor | tuple[Tensor, ...]
+"""[2, keys, M, H], or the pair (k, v); in a step without tiles perhaps nothing."""
 
 Blocks = Iterator[tuple[int, Block, tuple[Tile, ...]]]
 """(turn, block, its tiles)."""
@@ -48,6 +48,7 @@ def arriving(k: Tensor, v: Tensor, context: SequenceContext, plan: Plan, lanes: 
         if kept is not None:
             kept.append(row)
         ring = context.mesh.ring
+        assert ring.group is not None, "one rank has one step"
         everyone = comm.Gather(own_slots(block, context), by_slot(row, context), ring.group, ring.waits)
         yield 0, block, steps[0]
         everyone.wait()

@@ -28,7 +28,8 @@ def backward_hops(sums: Sums, blocks: Blocks, k: Tensor, context: SequenceContex
         with lanes.turn(step):
             into, starts = trip.sum(step), plan.starts[(context.mesh.ring.rank - step) % context.mesh.ring.size]
             for tile in each(tiles, RANGE):
-                sums.add(into, tile, *block, starts)
+                assert into is not None, "a step with tiles has a sum"
+                sums.add(into, tile, block[0], block[1], starts)
         trip.leave(step)
         if sums.full:
             with lanes.alone():
@@ -86,7 +87,10 @@ class _Trip:
             self._free += [x for x, _ in self._sent]
 
     def _buffer(self) -> Tensor:
-        return self._free.pop() if self._free else torch.empty_like(self._like)
+        if self._free:
+            return self._free.pop()
+        assert self._like is not None, "step 0 has begun one"
+        return torch.empty_like(self._like)
 
     def _rank(self, by: int) -> int:
         ring = self._context.mesh.ring
@@ -99,27 +103,30 @@ class _Trip:
 def backward_gathered(sums: Sums, blocks: Blocks, k: Tensor, context: SequenceContext) -> Tensor:
     (_, own, (own_tile,)), *others = blocks
     mine = sums.plain(len(k))
-    sums.add(mine, own_tile, *own)
+    sums.add(mine, own_tile, own[0], own[1])
     row = sums.plain(context.layout.length)
     for _, block, tiles in others:
         for tile in each(tiles, RANGE):
-            sums.add(row, tile, *block)
+            sums.add(row, tile, block[0], block[1])
             if sums.full:
                 sums.settle()
-    home = comm.reduce_scatter(by_slot(row, context), context.mesh.ring.group, context.mesh.ring.waits)
+    ring = context.mesh.ring
+    assert ring.group is not None, "one rank has one step"
+    home = comm.reduce_scatter(by_slot(row, context), ring.group, ring.waits)
     for part, theirs in zip(own_slots(mine, context), home, strict=True):
         part += theirs
     return mine.to(k.dtype)
 
 
 def backward_halo(sums: Sums, blocks: Blocks, k: Tensor, context: SequenceContext, plan: Plan) -> Tensor:
+    assert plan.halo is not None, "a window's plan"
     (_, own, (own_tile,)), *others = blocks
     mine = sums.plain(len(k))
-    sums.add(mine, own_tile, *own)
+    sums.add(mine, own_tile, own[0], own[1])
     dhalo = mine.new_zeros((plan.halo.tokens, *mine.shape[:1], *mine.shape[2:]))
     for _, block, tiles in others:
         for tile in each(tiles, RANGE):
-            sums.add(dhalo.transpose(0, 1), tile, *block)
+            sums.add(dhalo.transpose(0, 1), tile, block[0], block[1])
             if sums.full:
                 sums.settle()
     home = [(dhalo.new_empty((end - start, *dhalo.shape[1:])), rank) for rank, start, end in plan.halo.sent]

@@ -10,7 +10,7 @@ import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import deepspeed
 import torch
@@ -92,7 +92,9 @@ def reference(model: PreTrainedModel, batches: Sequence[Batch], reduction: str) 
     summed. Of a family's types that are `APART` each document of a packed row is a row of its own.
     """
     model.zero_grad()
-    apart = model.config.model_type in family_of(model.config).APART
+    family = family_of(model.config)
+    assert family is not None, "the tests' models are of listed types"
+    apart = model.config.model_type in family.APART
     counts = [float(count_targets(batch)) for batch in batches]
     total = 0.0
     for batch, count in zip(batches, counts, strict=True):
@@ -160,6 +162,7 @@ def sharded(
         engine.step()
         shown += float(loss.detach()) / (1 if items is not None else len(mine))
     handle = engines.attach.handle_of(engine)
+    assert handle is not None
     shown = float(engines.comm.all_sum(torch.tensor(shown, device=loss.device), handle.mesh.data.group)) / len(replica_batches)
     after = full_parameters(engine.module)
     finish(engine)
@@ -193,6 +196,8 @@ def _gradient(parameter: Tensor) -> Tensor:
 def finish(engine: deepspeed.DeepSpeedEngine) -> None:
     """Gives model, groups and engine back; all ranks must call it."""
     handle = engines.attach.handle_of(engine)
+    assert handle is not None
+    assert handle.watch is not None
     handle.watch.end()
     handle.remove()
     engines.mesh.destroy(handle.mesh)
@@ -227,7 +232,8 @@ def parity_without_deepspeed(
     model = tiny_model(model_type).double()
     topology = engines.topology.Topology(ulysses=ulysses, ring=ring, data=1)
     degrees = {"size": ulysses * ring, "ulysses_size": ulysses, "ring_size": ring}
-    block = engines.Config(**degrees, attention_kernel=kernel, ring_impl=ring_impl, attention_head_chunks=head_chunks)
+    methods = {"attention_kernel": kernel, "ring_impl": ring_impl, "attention_head_chunks": head_chunks}
+    block = engines.Config.model_validate({**degrees, **methods})
     mesh = engines.mesh.build(topology, timeout_s=60)
     handle = engines.attach_model(model, block, mesh, divisor=lambda: 1)
     loss = model(**batch).loss
@@ -265,7 +271,7 @@ def tried(model: PreTrainedModel, block: dict[str, Any], stage: int = 2) -> Repo
 
 
 def _mean(runs: Sequence[trial.Run]) -> trial.Run:
-    gradients = {name: sum(run[1][name] for run in runs) / len(runs) for name in runs[0][1]}
+    gradients = {name: cast(Tensor, sum(run[1][name] for run in runs)) / len(runs) for name in runs[0][1]}
     return sum(run[0] for run in runs) / len(runs), gradients
 
 
