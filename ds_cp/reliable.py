@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch.distributed as dist
 from torch import nn
@@ -19,8 +19,72 @@ from ds_cp.watch import Preemption
 COMPLETE = "ds_cp_complete.json"
 """Written into a checkpoint when every rank has written its part: without it a checkpoint is not gone on from."""
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
-class Reliable:
+    import torch
+    from torch import Tensor
+    from torch.utils.data import DataLoader
+
+    class Host:
+        """What the mixins in front of a `transformers.Trainer`, or of TRL's, find in it. For the type checker alone."""
+
+        args: TrainingArguments
+        state: TrainerState
+        control: TrainerControl
+        accelerator: Any
+        model: nn.Module
+        model_wrapped: nn.Module
+        model_accepts_loss_kwargs: bool
+        loss_is_scaled_for_ga: bool | None
+        gather_function: Callable[..., Any]
+        _signature_columns: list[str]
+        ref_model: nn.Module
+        num_generations: int
+        num_generations_eval: int
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+        def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any: ...
+        def add_callback(self, callback: TrainerCallback) -> None: ...
+        def remove_callback(self, callback: TrainerCallback) -> None: ...
+        def compute_loss(
+            self,
+            model: nn.Module,
+            inputs: dict[str, Any],
+            return_outputs: bool = False,
+            num_items_in_batch: Tensor | int | None = None,
+        ) -> Tensor | tuple[Tensor, Any]: ...
+        def prediction_step(
+            self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+        ) -> tuple[Tensor | None, Tensor | None, Tensor | None]: ...
+        def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any: ...
+        def log(self, logs: dict[str, float], start_time: float | None = None) -> None: ...
+        def floating_point_ops(self, inputs: dict[str, Any]) -> int: ...
+        def get_cp_size(self) -> int: ...
+        def _save_checkpoint(self, model: Any, trial: Any) -> None: ...
+        def _get_output_dir(self, trial: Any) -> str: ...
+        def _get_dataloader(self, dataset: Any, *args: Any, is_training: bool = False, **kwargs: Any) -> DataLoader: ...
+        def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor | int | None: ...
+        def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None: ...
+        def _prepare_inputs(self, inputs: Any) -> Any: ...
+        def _set_signature_columns_if_needed(self) -> None: ...
+        def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None: ...
+        def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor: ...
+        def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any: ...
+
+else:
+    Host = object
+
+
+class Engine(Protocol):
+    """What is used of a DeepSpeedEngine."""
+
+    global_steps: int
+
+    def save_checkpoint(self, save_dir: str, tag: str, client_state: dict[str, Any], save_latest: bool) -> bool: ...
+
+
+class Reliable(Host):
     """Before `transformers.Trainer`: SIGTERM saves and ends the run on every rank after the same step; checkpoints are whole."""
 
     cp_handle: Handle | None = None
@@ -47,14 +111,16 @@ class Reliable:
         if self.cp_handle is None:
             return super()._save_checkpoint(model, trial)
         self.cp_handle.check_finite()  # of the last forward pass: nothing that is already lost replaces what is not
-        self.cp_handle.watch.enter("save")
+        watch = self.cp_handle.watch
+        assert watch is not None
+        watch.enter("save")
         super()._save_checkpoint(model, trial)
         dist.barrier()
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.args.should_save and folder.is_dir():
             _write_whole(folder / COMPLETE, json.dumps({"step": self.state.global_step, "ranks": dist.get_world_size()}))
         dist.barrier()
-        self.cp_handle.watch.enter("after the step")
+        watch.enter("after the step")
         return None
 
 
@@ -64,6 +130,8 @@ class _StopTogether(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         handle = self._trainer.cp_handle
+        assert handle is not None
+        assert handle.watch is not None
         if handle.watch.stop_after(state.global_step, self._told.told):
             control.should_training_stop = True
             control.should_save = args.save_strategy != "no"
@@ -80,17 +148,19 @@ def save_checkpoint(
     Raises:
         FloatingPointError: the last loss was not finite; nothing is saved.
     """
-    handle = handle_of(engine)
+    handle, real = handle_of(engine), cast(Engine, engine)
     if handle is not None:
+        assert handle.watch is not None
         handle.check_finite()
         handle.watch.enter("save")
-    tag = tag or f"global_step{engine.global_steps}"
-    engine.save_checkpoint(str(folder), tag=tag, client_state=dict(client_state or {}), save_latest=False)
+    tag = tag or f"global_step{real.global_steps}"
+    real.save_checkpoint(str(folder), tag=tag, client_state=dict(client_state or {}), save_latest=False)
     dist.barrier()
     if dist.get_rank() == 0:
         _write_whole(Path(folder) / "latest", tag)
     dist.barrier()
     if handle is not None:
+        assert handle.watch is not None
         handle.watch.enter("after the step")
 
 
@@ -105,7 +175,8 @@ def should_stop(engine: nn.Module) -> bool:
         return False
     if handle.preemption is None:
         handle.preemption = Preemption()
-    return handle.watch.stop_after(engine.global_steps, handle.preemption.told)
+    assert handle.watch is not None
+    return handle.watch.stop_after(cast(Engine, engine).global_steps, handle.preemption.told)
 
 
 def last_checkpoint(folder: str | os.PathLike[str]) -> str | None:

@@ -67,6 +67,7 @@ class TrainerMixin(trl_trainers.Rows, Reliable):
             methods=methods,
             steps=lambda: getattr(here(), "current_gradient_accumulation_steps", steps),
         )
+        assert self.cp_handle.watch is not None
         self.cp_handle.watch.follow(self, "state.global_step")
         self.cp_mesh = mesh
         if self.cp_trl is not None:
@@ -75,8 +76,15 @@ class TrainerMixin(trl_trainers.Rows, Reliable):
             if block.loss_reduction in ("mean", "sum"):
                 self.model_accepts_loss_kwargs = False  # no num_items_in_batch
             self.loss_is_scaled_for_ga = {"mean": False, "token_mean": True, "sum": True}.get(block.loss_reduction)
-        self._cp_tokens, self._cp_paused, self._cp_clock, self._cp_figures = 0, 0.0, None, {}
+        self._cp_tokens, self._cp_paused = 0, 0.0
+        self._cp_clock: float | None = None
+        self._cp_figures: dict[str, float] = {}
         self.accelerator.dataloader_config.dispatch_batches = False  # every rank reads a stream itself
+
+    def _cp_meter(self) -> meter.Meter:
+        assert self.cp_handle is not None
+        assert self.cp_handle.meter is not None
+        return self.cp_handle.meter
 
     def get_cp_size(self) -> int:
         """Ranks that share a row, by which HF divides the global batch."""
@@ -127,7 +135,7 @@ class TrainerMixin(trl_trainers.Rows, Reliable):
         if self.cp_mesh is None:
             return super().evaluation_loop(*args, **kwargs)
         start = time.perf_counter()
-        self.cp_handle.meter.rest()
+        self._cp_meter().rest()
         self.gather_function = self._gather_rows
         try:
             return super().evaluation_loop(*args, **kwargs)
@@ -146,13 +154,13 @@ class TrainerMixin(trl_trainers.Rows, Reliable):
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         if self.cp_mesh is not None and self.control.should_log:  # here, because `log` may be called on one rank
-            self._cp_figures = self.cp_handle.meter.read()
+            self._cp_figures = self._cp_meter().read()
             meter.write(self.model_wrapped, self._cp_figures)
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         if self.cp_mesh is not None:
-            self.cp_handle.meter.rest()
+            self._cp_meter().rest()
         super()._save_checkpoint(*args, **kwargs)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
@@ -198,14 +206,15 @@ class TrainerMixin(trl_trainers.Rows, Reliable):
 
     def _gather_rows(self, tensors: Any) -> Any:
         """One entry per row from all replicas, without the repeats that accelerate added to even the last batch."""
-        state = self.accelerator.gradient_state
+        state, mesh = self.accelerator.gradient_state, self.cp_mesh
+        assert mesh is not None
         remainder = state.remainder if state.end_of_dataloader else -1
         # HF repeats a loss by the batch size of the arguments, also that of a shorter batch; TRL's batch may be one packed row.
-        if self.cp_mesh.data.size == 1 and self.cp_trl is None:
+        if mesh.data.size == 1 and self.cp_trl is None:
             remainder = self._cp_rows
 
         def once(x: Tensor) -> Tensor:
-            rows = trl_trainers.one_per_group(x, self.cp_mesh)
+            rows = trl_trainers.one_per_group(x, mesh)
             return rows[:remainder] if remainder > 0 else rows
 
         gathered = self.accelerator.gather(tensors)
@@ -323,7 +332,8 @@ class _Plain(IterableDataset):
 
 def _share_rows(loader: DataLoader, mesh: Mesh) -> None:
     """Makes accelerate's shard of the data that of this rank's sequence group."""
-    for part in (getattr(loader, "batch_sampler", None), getattr(loader, "dataset", None)):
+    parts: tuple[Any, Any] = getattr(loader, "batch_sampler", None), getattr(loader, "dataset", None)
+    for part in parts:
         if hasattr(part, "process_index") and hasattr(part, "num_processes"):
             part.num_processes, part.process_index = mesh.data.size, mesh.data.rank
             if mesh.data.size == 1:  # as in one process: a short last batch stays short

@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -22,6 +22,11 @@ from ds_cp.config import Config
 from ds_cp.mesh import Mesh
 from ds_cp.models import attach, checks
 from ds_cp.token_values import TokenValues
+
+if TYPE_CHECKING:
+    from ds_cp.reliable import Host
+else:
+    Host = object
 
 SCORES: Mapping[str, TokenValues] = {
     "SFTTrainer": TokenValues(extras=("entropy", "is_top1")),
@@ -47,7 +52,7 @@ VERSIONS = ((1, 16), (2, 0))
 """Of TRL: from, and before."""
 
 
-class Rows:
+class Rows(Host):
     """What `TrainerMixin` does for TRL's classes; nothing with another class behind it, or where rows are not shared."""
 
     cp_mesh: Mesh | None = None
@@ -56,13 +61,16 @@ class Rows:
 
     def begin_trl(self) -> None:
         """With the model attached: what TRL will read of it, and the models and numbers beside it."""
+        assert self.cp_trl is not None
         asked = SCORES[self.cp_trl]
         asked = TokenValues(asked.entropies, getattr(self, "temperature", 1.0), asked.extras)
         handle = attach.handle_of(self.model)
+        assert handle is not None
         handle.token_values = asked
         if getattr(self, "ref_model", None) is not None:
             _attach_reference(self.ref_model, handle, TokenValues(temperature=asked.temperature))
         if self.cp_trl == "GRPOTrainer":
+            assert self.cp_mesh is not None
             _share_generations(self.args, self.num_generations, self.num_generations_eval, self.cp_mesh)
 
     @contextmanager
