@@ -11,7 +11,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 STATS = ("tokens", "step_seconds", "tokens_per_second_per_gpu", "tflops_per_gpu", "mfu", "imbalance", "attention_imbalance")
 EXPOSED = ("exposed_ring", "exposed_exchange")
-KEYS = ("loss", "grad_norm", "learning_rate", "tokens_per_second", "eval_loss", *STATS, *EXPOSED)
+FIGURES = (*STATS, *EXPOSED)
+"""Of ds_cp's meter."""
+KEYS = ("loss", "grad_norm", "learning_rate", "tokens_per_second", "eval_loss", *FIGURES)
 
 Metrics = list[dict[str, float]]
 

@@ -122,6 +122,8 @@ def _work(rank: int, world: int, local_world: int, port: int, device: str, jobs:
     torch.use_deterministic_algorithms(True, warn_only=True)
     if device == "cuda":
         torch.cuda.set_device(rank)
+    else:
+        importlib.import_module("tests.dist.preloaded").remember()
     deepspeed.init_distributed(dist_backend="nccl" if device == "cuda" else "gloo", verbose=False)
     while True:
         gc.collect()

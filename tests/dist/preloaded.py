@@ -30,13 +30,15 @@ from ds_cp.kernels import probe
 models.families()
 SERVER = os.getpid()
 
-# Every job asks for versions, the kernel's errors and the list of families, and gets the same answers to the same questions.
-agreement._version = cache(agreement._version)
-probe.wrong = cache(probe.wrong)
-models.families = cache(models.families)
-
 gc.collect()
 gc.freeze()  # a rank's collector does not touch, and so copy, what is here for good
+
+
+def remember() -> None:
+    """In a rank: every job asks for versions, the kernel's errors and the list of families, and gets the same answers again."""
+    agreement._version = cache(agreement._version)
+    probe.wrong = cache(probe.wrong)
+    models.families = cache(models.families)
 
 
 def server() -> tuple[bool, int]:

@@ -272,7 +272,7 @@ def test_the_diff_in_the_docs_is_that_of_the_scripts(name: str) -> None:
 
 def compared(entry: dict[str, Any]) -> dict[str, Any]:
     """Without what TRL does not log: the figures of ds_cp's meter (tests/dist/test_stats.py)."""
-    return {k: v for k, v in entry.items() if k not in train_plot.STATS and not any(clock in k for clock in CLOCKS)}
+    return {k: v for k, v in entry.items() if k not in train_plot.FIGURES and not any(clock in k for clock in CLOCKS)}
 
 
 def assert_same(got: list[dict[str, Any]], wanted: list[dict[str, Any]]) -> None:

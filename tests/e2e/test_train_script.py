@@ -121,7 +121,7 @@ class TestRuns:
             lines = metrics(output)
             losses = [line for line in lines if "loss" in line]
             assert [line["step"] for line in losses] == list(range(first, STEPS + 1))
-            always, reached = {"step", *train_plot.KEYS} - {"eval_loss", *train_plot.STATS}, {*train_plot.STATS} - {"mfu"}
+            always, reached = {"step", *train_plot.KEYS} - {"eval_loss", *train_plot.FIGURES}, {*train_plot.FIGURES} - {"mfu"}
             assert all(line.keys() - reached == always for line in losses), "and no mfu on CPU"
             sharded = [line.keys() >= reached for line in losses[1:]]
             assert not any(sharded) if output == runs.one else all(sharded)
