@@ -64,7 +64,8 @@ class Waits:
 
     def settle(self) -> None:
         """Reads the events that have passed, the oldest first, and frees them."""
-        while self._pending and self._pending[0][2].query():
+        # Also those of other streams, which may still be busy when what was waited for is long there.
+        while self._pending and all(event.query() for event in (*self._pending[0][1], self._pending[0][2])):
             kind, begun, done = self._pending.popleft()
             self.seconds[kind] += max(min(event.elapsed_time(done) for event in begun), 0.0) / 1e3
             self._free += [*begun, done]

@@ -62,3 +62,18 @@ def test_events_are_used_again() -> None:
         waits.settle()
     assert len(waits._free) == 2
     assert not waits._pending
+
+
+def test_a_wait_beside_a_stream_that_is_still_busy_is_read_later() -> None:
+    waits, beside = Waits(cuda=True), torch.cuda.Stream()
+    waits.counting = True
+    with torch.cuda.stream(beside):
+        torch.cuda._sleep(20 * CYCLES)
+    with timed("wait", waits, RING, (beside,)):
+        torch.cuda._sleep(1000)
+    torch.cuda.current_stream().synchronize()
+    waits.settle()
+    assert waits._pending
+    torch.cuda.synchronize()
+    waits.settle()
+    assert not waits._pending
