@@ -8,6 +8,7 @@ T local tokens, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from ds_cp.tiled_head import Head, Terms
 def missing() -> str | None:
     """Why Liger cannot be loaded here, if so."""
     try:
-        import liger_kernel.transformers  # noqa: F401
+        importlib.import_module("liger_kernel.transformers")
     except (ImportError, RuntimeError) as error:  # Triton without a driver is a RuntimeError
         return str(error)
     return None
