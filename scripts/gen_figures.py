@@ -212,7 +212,7 @@ def mesh_of(rank: int) -> Mesh:
 def placed(linear: str) -> list[tuple[placement.Held, list[layout.Range], list[int]]]:
     """Of each rank: what it holds; the tokens and the value heads that it works on in a Gated DeltaNet layer."""
     plan = layout.build("zigzag", STEP_TOKENS, DEGREES.ring, DEGREES.ulysses)
-    methods: Any = placement.Methods(attention=None, layout="zigzag", delta=delta.load("reference"), linear=linear)  # type: ignore
+    methods: Any = placement.Methods(attention=None, layout="zigzag", delta=delta.load("reference"), linear=linear)
     found = []
     for rank in range(DEGREES.size):
         mesh = mesh_of(rank)
@@ -255,7 +255,7 @@ def draw_deltanet() -> Svg:
 
 def job() -> topology.Topology:
     """What "auto" makes of 8 ranks a row, on hosts of 4."""
-    return topology.resolve(**JOB, ulysses="auto", ring="auto")  # type: ignore[arg-type]
+    return topology.resolve(**JOB, ulysses="auto", ring="auto")
 
 
 def draw_groups() -> Svg:
@@ -297,7 +297,7 @@ def weights(reduction: Any) -> list[list[Fraction]]:
             mesh = SimpleNamespace(topology=degrees, seq=SimpleNamespace(group=None))
             cp: Any = SimpleNamespace(mesh=mesh, targets=torch.tensor(float(sum(micro_batch))), weights=None)
             loss(local, local, cp=cp, local=local, num_items_in_batch=items).backward()
-            factor = Fraction(float(local.grad)) / (degrees.world * steps)  # type: ignore[arg-type]
+            factor = Fraction(float(local.grad)) / (degrees.world * steps)
             found[-1].append(factor.limit_denominator(1000))
     return found
 
