@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
-from ds_cp import convolution, kda
+from ds_cp import kda
 from ds_cp.batch import SequenceContext
 from ds_cp.kernels.delta import ACTIVATIONS
 from ds_cp.models.attention_only import TINY, mixing
-from ds_cp.models.mixer import GatedNorm, Map, Parameters, begin, parameters, replace
+from ds_cp.models.mixer import GatedNorm, Map, Parameters, begin, convolved, parameters, replace
 
 __all__ = ["APART", "HANDLES", "MODEL_TYPES", "attach", "halo", "mixers", "mixing", "refuse", "scan_heads", "settle", "tiny"]
 
@@ -85,11 +85,9 @@ def _forward(
 ) -> Tensor:
     """[1, T, hidden] to the same, of this rank's tokens."""
     context, mixer = begin(module, cp, cache_params, attention_mask), cast(Mixer, module)
-    assert context.held.halo is not None, "planned without the convolution"
     by_head = (mixer.num_heads, mixer.head_dim)
     qkv = torch.cat([mixer.q_proj(hidden_states), mixer.k_proj(hidden_states), mixer.v_proj(hidden_states)], dim=-1)
-    weight, bias = mixer.conv1d(hidden_states)
-    qkv = functional.silu(convolution.convolve(qkv.squeeze(0), weight, bias, len(weight), context.held.halo))
+    qkv = functional.silu(convolved(mixer.conv1d, qkv.squeeze(0), context))
     q, k, v = (x.unflatten(-1, by_head) for x in qkv.chunk(3, dim=-1))
     g, b = mixer.forget_gate(hidden_states).squeeze(0), mixer.b_proj(hidden_states).squeeze(0)
     out = kda.mix(q, k, v, g.to(torch.promote_types(g.dtype, torch.float32)), b, context).unsqueeze(0)

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
-from ds_cp import convolution, mamba1
+from ds_cp import mamba1
 from ds_cp.batch import SequenceContext
 from ds_cp.kernels.delta import ACTIVATIONS
 from ds_cp.models.attention_only import TINY
-from ds_cp.models.mixer import Map, Parameters, begin, parameters, replace
+from ds_cp.models.mixer import Map, Parameters, begin, convolved, parameters, replace
 
 __all__ = ["APART", "HANDLES", "MODEL_TYPES", "attach", "halo", "mixers", "mixing", "refuse", "scan_heads", "settle", "tiny"]
 
@@ -97,7 +97,7 @@ def _jamba(
     """[1, T, hidden] to the same, of this rank's tokens."""
     context, mixer = begin(module, cp, cache_params, attention_mask), cast(Jamba, module)
     x, gate = mixer.in_proj(hidden_states).squeeze(0).chunk(2, dim=-1)
-    x = _convolved(mixer, x, hidden_states, context)
+    x = mixer.act(convolved(mixer.conv1d, x, context))
     dt, b, c = mixer.x_proj(x).split([mixer.time_step_rank, mixer.ssm_state_size, mixer.ssm_state_size], dim=-1)
     dt, b, c = mixer.dt_layernorm(dt), mixer.b_layernorm(b), mixer.c_layernorm(c)
     weight, bias = mixer.dt_proj(dt)
@@ -118,19 +118,13 @@ def _zamba(
     """The same with a projection of each head's own, whose outputs x and gate take turns in that of the whole."""
     context, mixer = begin(module, cp, cache_params, attention_mask), cast(Zamba, module)
     x, gate = mixer.in_proj(hidden_states).squeeze(0).unflatten(-1, (-1, 2)).unbind(-1)
-    x = _convolved(mixer, x, hidden_states, context)
+    x = mixer.act(convolved(mixer.conv1d, x, context))
     projected = torch.einsum("tgx,gcx->tgc", x.unflatten(-1, (mixer.n_mamba_heads, -1)), mixer.x_proj_weight)
     dt, b, c = projected.split([mixer.time_step_rank, mixer.ssm_state_size, mixer.ssm_state_size], dim=-1)
     dt = torch.einsum("tgr,gxr->tgx", dt, mixer.dt_proj_weight).flatten(1)
     a = -mixer.A_log.flatten(0, 1).to(_work(x)).exp()
     out = mamba1.mix(x, dt, b, c, a, mixer.D.flatten(), mixer.dt_proj_bias.flatten(), context)
     return mixer.out_proj((out * functional.silu(gate)).unsqueeze(0))
-
-
-def _convolved(mixer: Mixer, x_TV: Tensor, hidden_states: Tensor, context: SequenceContext) -> Tensor:
-    assert context.held.halo is not None, "planned without the convolution"
-    weight, bias = mixer.conv1d(hidden_states)
-    return mixer.act(convolution.convolve(x_TV, weight, bias, len(weight), context.held.halo))
 
 
 def _work(x: Tensor) -> torch.dtype:

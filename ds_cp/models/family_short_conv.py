@@ -17,7 +17,7 @@ from transformers import CONFIG_MAPPING, PretrainedConfig
 from ds_cp import convolution
 from ds_cp.batch import SequenceContext
 from ds_cp.models.attention_only import TINY, mixing, scan_heads
-from ds_cp.models.mixer import Map, Parameters, begin, parameters, replace
+from ds_cp.models.mixer import Map, Parameters, begin, convolved, parameters, replace
 from ds_cp.models.relay import Relay
 
 __all__ = ["APART", "HANDLES", "MODEL_TYPES", "attach", "halo", "mixers", "mixing", "refuse", "scan_heads", "settle", "tiny"]
@@ -98,11 +98,8 @@ def _short_conv(
 ) -> Tensor:
     """[1, T, hidden] to the same, of this rank's tokens."""
     context, mixer = begin(module, cp, past_key_values, attention_mask), cast(ShortConv, module)
-    assert context.held.halo is not None, "planned without the convolution"
-    b, c, x = mixer.in_proj(hidden_states).chunk(3, dim=-1)
-    weight, bias = mixer.conv(hidden_states)
-    mixed = convolution.convolve((b * x).squeeze(0), weight, bias, len(weight), context.held.halo)
-    return mixer.out_proj(c * mixed.unsqueeze(0))
+    b, c, x = mixer.in_proj(hidden_states).squeeze(0).chunk(3, dim=-1)
+    return mixer.out_proj((c * convolved(mixer.conv, b * x, context)).unsqueeze(0))
 
 
 def _zaya(

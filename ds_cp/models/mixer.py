@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from ds_cp import convolution
 from ds_cp.batch import SequenceContext
 
 Map = Callable[[Tensor], Tensor]
@@ -61,3 +62,10 @@ def parameters(conv: nn.Conv1d, _: Tensor) -> tuple[Tensor, Tensor | None]:
     """In a convolution's place: (weight [C, channels of a group, W], bias [C]) as copies, because ZeRO-3, whose hooks put the
     parameter together for the call and its backward, takes it apart after it."""
     return conv.weight.clone(), None if conv.bias is None else conv.bias.clone()
+
+
+def convolved(conv: Parameters, x_TC: Tensor, context: SequenceContext) -> Tensor:
+    """Local tokens after a causal convolution of each document, [T, C], by a module whose forward is `parameters`."""
+    assert context.held.halo is not None, "planned without the convolution"
+    weight, bias = conv(x_TC)
+    return convolution.convolve(x_TC, weight, bias, len(weight), context.held.halo)
