@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, cast
+from typing import Any
 
 import deepspeed
 import torch
@@ -75,7 +75,7 @@ def initialize(
     if mpu is not None or mesh_param is not None:
         raise ValueError("mpu, mesh_param: ds_cp brings its own process groups beside DeepSpeed's; leave them out")
     launch.init_distributed(block.comm_timeout_s)  # of one rank, which read the config alone
-    mesh_, methods = prepare(cast(nn.Module, model), block, ds_config)
+    mesh_, methods = prepare(model, block, ds_config)
     factor.verify(ds_config, backward_divides=True)
     ours = {k: v for k, v in ds_config.items() if k != configs.BLOCK}
     ours["sequence_parallel_size"] = mesh_.seq.size  # DeepSpeed's batch arithmetic then counts replicas
@@ -91,7 +91,7 @@ def initialize(
     return engine, optimizer, loader, scheduler
 
 
-def prepare(model: nn.Module, block: Config, ds_config: Mapping[str, Any]) -> tuple[Mesh, Methods]:
+def prepare(model: nn.Module | None, block: Config, ds_config: Mapping[str, Any]) -> tuple[Mesh, Methods]:
     """Everything that can be refused, then the process groups; the process group of the job must be up.
 
     Returns:
@@ -100,9 +100,7 @@ def prepare(model: nn.Module, block: Config, ds_config: Mapping[str, Any]) -> tu
     Raises:
         ValueError: on every rank: the model or the sizes are not supported, or ranks differ.
     """
-    preflight.refuse_compiled(model)
-    inner = attach.find(model)
-    preflight.refuse_other_parallelism(ds_config, cast(PreTrainedModel, inner).config.model_type)
+    inner = preflight.together(lambda: _model(model, ds_config))
     agreement.agree(agreement.of_model(inner), agreement.MODEL)
     local_world = mesh.local_world_size()
     degrees, methods, dtype = preflight.together(lambda: _resolve(inner, block, ds_config, local_world))
@@ -116,6 +114,16 @@ def prepare(model: nn.Module, block: Config, ds_config: Mapping[str, Any]) -> tu
     if dist.get_rank() == 0:
         print_table(block, mesh_, methods, inner)
     return mesh_, methods
+
+
+def _model(given: Any, ds_config: Mapping[str, Any]) -> PreTrainedModel:
+    """The HF model inside what was given."""
+    if not isinstance(given, nn.Module):
+        raise ValueError(f"model: pass a Hugging Face model, as to deepspeed.initialize; got {given!r:.60}")
+    preflight.refuse_compiled(given)
+    model = checks.hugging_face(attach.find(given))
+    preflight.refuse_other_parallelism(ds_config, model.config.model_type)
+    return model
 
 
 def _resolve(

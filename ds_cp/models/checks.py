@@ -185,17 +185,23 @@ def _is_latent(module: nn.Module) -> bool:
 
 def refuse(model: nn.Module) -> None:
     """Raises a ValueError that names the first property of the model that this version cannot shard."""
+    found = hugging_face(model)
+    reason = next(_reasons(found), None)
+    if reason is not None:
+        raise ValueError(
+            f"model: {type(found).__name__} ({found.config.model_type}) cannot be trained under sequence parallelism: "
+            f"{reason}; change the model or set sequence_parallel.size to 1"
+        )
+
+
+def hugging_face(model: nn.Module) -> PreTrainedModel:
+    """The model, or a ValueError where it is none of transformers."""
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
             f"model: {type(model).__name__} is not a transformers PreTrainedModel, so ds_cp has no door into its attention; "
             "use a Hugging Face model or set sequence_parallel.size to 1"
         )
-    reason = next(_reasons(model), None)
-    if reason is not None:
-        raise ValueError(
-            f"model: {type(model).__name__} ({model.config.model_type}) cannot be trained under sequence parallelism: "
-            f"{reason}; change the model or set sequence_parallel.size to 1"
-        )
+    return model
 
 
 def _reasons(model: PreTrainedModel) -> Iterator[str]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
-from ds_cp import agreement, balance, engine
+from ds_cp import agreement, balance, engine, selftest
 from tests.dist import trainer_jobs
 from tests.dist.jobs import rows, started
 
@@ -21,6 +22,13 @@ def disagree() -> None:
 def initialize(own: Mapping[int, Mapping[str, Any]], block: dict[str, Any]) -> None:
     """`own[rank]` are the keywords of `started` in which that rank differs."""
     started(**{"block": block, **own.get(dist.get_rank(), {})})
+
+
+def given(own: Mapping[int, str], block: dict[str, Any]) -> None:
+    """`own[rank]` names what a rank passes in the place of its model."""
+    model = selftest.tiny_model("llama")
+    others = {"nothing": None, "a path": "my_model", "a module of torch": torch.nn.Linear(2, 2), "compiled": torch.compile(model)}
+    engine.initialize(model=others.get(own.get(dist.get_rank(), ""), model), config=selftest.ds_config(1, block))
 
 
 def missing_file(block: dict[str, Any]) -> None:

@@ -179,6 +179,21 @@ def test_a_config_that_one_rank_does_not_find_ends_all(pool) -> None:
     assert message.endswith("(rank 1)")
 
 
+NO_MODEL: dict[str, tuple[dict[int, str], str]] = {
+    "nothing": ({0: "nothing", 1: "nothing"}, r"^model: pass a Hugging Face model, as to deepspeed\.initialize; got None$"),
+    "nothing on one rank": ({1: "nothing"}, r"^model: pass a Hugging Face model, .* got None \(rank 1\)$"),
+    "a path": ({0: "a path"}, r"; got 'my_model' \(rank 0\)$"),
+    "a module of torch": ({1: "a module of torch"}, r"^model: Linear is not a transformers PreTrainedModel, .* \(rank 1\)$"),
+    "compiled": ({1: "compiled"}, r"^torch\.compile: the model is compiled, .* \(rank 1\)$"),
+}
+
+
+@pytest.mark.parametrize("case", NO_MODEL)
+def test_what_is_no_model_on_any_rank_is_refused_on_all(pool, case: str) -> None:
+    own, wanted = NO_MODEL[case]
+    assert re.search(wanted, refused(pool(2), agreement_jobs.given, own=own, block=block(1, 2)))
+
+
 def test_other_packages_are_named(pool) -> None:
     message = refused(pool(4), agreement_jobs.another_version, block=block(2, 2))
     assert re.search(r"transformers is \S+ on ranks 0, 1, 2 \(\S+\) and 0\.0\.1 on rank 3 \(\S+\)\. Install the same", message), (
