@@ -211,7 +211,8 @@ class Handle:
         if self.profile is not None and self.watch is not None:
             self.profile.forward(self.watch.step(), module.training and torch.is_grad_enabled())
         rest |= self._vision.end(encoded, ids, context)
-        self._counted.begin(local["position_ids"], given.get("position_ids"))
+        self._counted.check(given.get("position_ids"), self.mesh, device)
+        self._counted.begin(local["position_ids"])
         self._head.begin(asked, local, context)
         self._targets = local.pop("labels", None) if self._computes_its_loss else None
         if self._offload is not None and torch.is_grad_enabled():

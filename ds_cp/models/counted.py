@@ -20,7 +20,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ds_cp.mesh import Mesh
 from ds_cp.models.relay import Relay
+from ds_cp.models.replicas import any_replica
 
 KEY = "position_ids"
 TEMPERATURE = "attn_temperature_tuning"
@@ -50,19 +52,27 @@ class Door:
             setattr(module, TEMPERATURE, getattr(module, MARK))
             delattr(module, MARK)
 
-    def begin(self, positions_1T: Tensor, given_BS: Tensor | None = None) -> None:
-        """Notes the local tokens' positions; `given_BS` are those of the call, of whole rows.
+    def check(self, given_BS: Tensor | None, mesh: Mesh, device: torch.device) -> None:
+        """Looks at the position_ids of a call, of whole rows.
 
         Raises:
-            ValueError: they count otherwise than the model does.
+            ValueError: they count otherwise than the model does; in training on every rank, where those of any replica do.
         """
         if not self._tables and not self._tempered:
             return
+        reason = None
         if given_BS is not None and not _from_zero(given_BS):
-            raise ValueError(
+            reason = ValueError(
                 "batch: position_ids that do not count from 0 in every document, but the model counts so by itself and takes no "
                 "others; leave them out, or give seq_lens to tell documents apart"
             )
+        if torch.is_grad_enabled():
+            any_replica(False, reason, mesh, device)
+        elif reason is not None:  # replicas may evaluate different numbers of rows
+            raise reason
+
+    def begin(self, positions_1T: Tensor) -> None:
+        """Notes the local tokens' positions."""
         self._positions_1T = positions_1T
 
     def _look_up(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:

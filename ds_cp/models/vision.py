@@ -33,6 +33,7 @@ from ds_cp.batch import BOUND_KEYS, DOCUMENT_KEYS, TOKEN_KEYS, SequenceContext
 from ds_cp.mesh import Mesh
 from ds_cp.models import family_of
 from ds_cp.models.lm_head import CALL_KEYS
+from ds_cp.models.replicas import any_replica
 
 PIXELS: Mapping[str, str] = {"image": "pixel_values", "video": "pixel_values_videos"}
 KEYS = (*PIXELS.values(), "image_grid_thw", "video_grid_thw", "second_per_grid_ts", "mm_token_type_ids", "mm_encoder_outputs")
@@ -134,7 +135,7 @@ class Door:
                 given["position_ids"] = self._positions(given, taken)
         except ValueError as error:
             reason = error
-        encodes = self._any_replica(bool(kinds), reason, device)
+        encodes = any_replica(bool(kinds), reason, self._mesh, device)
         return self._encode(kinds, taken, device) if encodes else None
 
     def end(self, encoded: Encoded | None, ids_BS: Tensor | None, context: SequenceContext) -> dict[str, Any]:
@@ -157,7 +158,7 @@ class Door:
             refuse_parts(given, self._model.config)
         except ValueError as error:
             reason = error
-        self._any_replica(False, reason, device)
+        any_replica(False, reason, self._mesh, device)
 
     def _refuse(self, given: dict[str, Any], taken: dict[str, Any], kinds: tuple[str, ...]) -> None:
         if "mm_encoder_outputs" in taken:
@@ -198,16 +199,6 @@ class Door:
         )
         positions_3DL, _ = index(ids_DL, mm_token_type_ids=types_DL, attention_mask=mask_DL, **keywords)
         return positions_3DL[:, mask_DL.bool()].unflatten(1, ids_BS.shape)
-
-    def _any_replica(self, here: bool, reason: ValueError | None, device: torch.device) -> bool:
-        """Whether any replica has images; raises on all of them where one of them has a reason."""
-        flags = torch.tensor([float(here), float(reason is not None)], device=device)
-        images, refused = comm.all_sum(flags, self._mesh.data.group).tolist() if self._mesh.data.size > 1 else flags.tolist()
-        if reason is not None:
-            raise reason
-        if refused:
-            raise ValueError("batch: images of another replica's row were refused; its ranks say why")
-        return bool(images)
 
     def _encode(self, kinds: tuple[str, ...], taken: dict[str, Any], device: torch.device) -> Encoded:
         """One run of the tower, of images and videos together: under reentrant checkpointing DeepSpeed takes no second one."""

@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from transformers import CONFIG_MAPPING, BartForCausalLM
 
 from ds_cp import agreement, balance, engine, selftest
+from ds_cp.models.twin import twin
 from tests.dist import trainer_jobs
 from tests.dist.jobs import rows, started
 
@@ -45,6 +47,17 @@ def another_version(block: dict[str, Any]) -> None:
         started(block)
     finally:
         agreement._version = installed
+
+
+def positions(of_replicas: list[torch.Tensor | None], block: dict[str, Any]) -> None:
+    """A row with each replica's position_ids, to a model that counts them by itself."""
+    model = twin(BartForCausalLM, CONFIG_MAPPING["bart"]())
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    model, *_ = engine.initialize(model=model, optimizer=optimizer, config=selftest.ds_config(1, block))
+    own = of_replicas[engine.data_parallel_rank(model)]
+    with torch.no_grad():
+        model(**rows(1, 20, vocab=16)[0])
+    model(**rows(1, 20, vocab=16)[0], position_ids=own)
 
 
 def another_plan(block: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.dist import agreement_jobs, jobs
 from tests.dist.pool import WorkerError
@@ -199,6 +200,16 @@ def test_other_packages_are_named(pool) -> None:
     assert re.search(r"transformers is \S+ on ranks 0, 1, 2 \(\S+\) and 0\.0\.1 on rank 3 \(\S+\)\. Install the same", message), (
         message
     )
+
+
+def test_positions_that_a_model_would_not_count_end_all_replicas(pool) -> None:
+    """Else the other one would wait in ZeRO's collectives."""
+    own = [torch.arange(20).unsqueeze(0), torch.arange(20).unsqueeze(0) + 5]
+    with pytest.raises(WorkerError) as caught:
+        pool(4).run(agreement_jobs.positions, of_replicas=own, block=block(1, 2))
+    messages = [error[1] if error else "" for error in caught.value.errors]
+    assert all("the row of another replica was refused" in text for text in messages[:2]), messages
+    assert all("position_ids that do not count from 0" in text for text in messages[2:]), messages
 
 
 def test_another_plan_of_the_same_row_is_refused_before_the_first_hop(pool) -> None:

@@ -83,7 +83,7 @@ def test_image_tokens_without_pixels_in_one_replica_end_all(pool) -> None:
     with pytest.raises(WorkerError) as caught:
         pool(4).run(jobs.parity, stage=2, reduction="token_mean", **run)
     messages = [error[1] if error else "" for error in caught.value.errors]
-    assert all("images of another replica's row were refused" in text for text in messages[:2]), messages
+    assert all("the row of another replica was refused" in text for text in messages[:2]), messages
     assert all("hold 2 image tokens, pixel_values make 0" in text for text in messages[2:]), messages
 
 
@@ -93,5 +93,5 @@ def test_pixels_to_a_model_of_text_in_one_replica_end_all(pool) -> None:
     with pytest.raises(WorkerError) as caught:
         pool(2).run(pictures.to_a_model_of_text, of_replicas=[text(9), pixels])
     first, second = (error[1] if error else "" for error in caught.value.errors)
-    assert "images of another replica's row were refused" in first
+    assert "the row of another replica was refused" in first
     assert "pixel_values: of llava only the text is sharded" in second
