@@ -5,15 +5,19 @@ from __future__ import annotations
 import gzip
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import repeat
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch.utils.data import IterableDataset
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
 import ds_cp
-from ds_cp import selftest
+from ds_cp import models, selftest
+from ds_cp.models.twin import twin
 
 
 def measured(block: dict[str, Any], steps: list[list[dict[str, Any]]], folder: str) -> list[dict[str, float]]:
@@ -61,17 +65,43 @@ def uneven(block: dict[str, Any], batch: dict[str, Any], late_s: float) -> dict[
     return found
 
 
-def profiled(block: dict[str, Any], batch: dict[str, Any], kind: str, steps: int) -> list[str]:
-    """So many steps, an evaluation after each; names of the ranges of this package in this rank's trace."""
-    model = selftest.tiny_model(kind)
+class Again(IterableDataset):
+    """One row, so many times."""
+
+    def __init__(self, batch: dict[str, Any], times: int) -> None:
+        self.row, self.times = {key: value[0] for key, value in batch.items()}, times
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return repeat(self.row, self.times)
+
+
+def profiled(
+    block: dict[str, Any],
+    batch: dict[str, Any],
+    kind: str,
+    steps: int = 3,
+    stream: bool = False,
+    values: bool = False,
+    evaluations: bool = False,
+) -> list[str]:
+    """Names of the ranges of this package in this rank's trace.
+
+    Args: stream: the row comes from one. values: the loss is of log-probabilities of tokens. evaluations: one after each step.
+    """
+    listed = any(kind in family.MODEL_TYPES for family in models.families())
+    model = selftest.tiny_model(kind) if listed else of_no_family(kind)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
-    engine, *_ = ds_cp.initialize(model=model, optimizer=optimizer, config=selftest.ds_config(1, block))
-    for _ in range(steps):
-        engine.backward(engine(**batch).loss)
+    data = {"training_data": Again(batch, steps)} if stream else {}
+    engine, _, loader, _ = ds_cp.initialize(model=model, optimizer=optimizer, config=selftest.ds_config(1, block), **data)
+    for given in loader if stream else repeat(batch, steps):
+        loss = -ds_cp.token_logprobs(engine, **given).mean() if values else engine(**given).loss
+        engine.backward(loss)
         engine.step()
-        engine.eval()
-        engine(**batch)
-        engine.train()
+        ds_cp.stats(engine)
+        if evaluations:
+            engine.eval()
+            engine(**batch)
+            engine.train()
     written = selftest.engines.attach.handle_of(engine).profile.written
     selftest.finish(engine)
     assert written is not None
@@ -79,3 +109,8 @@ def profiled(block: dict[str, Any], batch: dict[str, Any], kind: str, steps: int
     with gzip.open(written, "rt") as file:
         events = json.load(file)["traceEvents"]
     return [event["name"] for event in events if event.get("name", "").startswith(("ds_cp", "ProfilerStep"))]
+
+
+def of_no_family(kind: str) -> PreTrainedModel:
+    config = CONFIG_MAPPING[kind]()
+    return twin(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config)

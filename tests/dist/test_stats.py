@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import csv
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ds_cp import meter, selftest
-from tests.dist import stats_jobs, trainer_jobs
+from tests.dist import pictures, stats_jobs, trainer_jobs
 from tests.dist.test_parity import block, packed, padded
+from tests.unit.test_docs import ranges_of_docs
 
 
 def test_tokens_and_imbalance_of_packed_and_padded_rows(pool, tmp_path: Path) -> None:
@@ -61,24 +64,75 @@ def test_a_rank_that_is_late_shows_as_imbalance_and_as_the_others_wait(
     assert found[f"exposed_{other}"] == 0
 
 
-def test_every_rank_writes_a_trace_with_named_ranges(pool, tmp_path: Path) -> None:
-    window = {"after": 1, "steps": 2, "folder": str(tmp_path / "traces")}
-    shared = block(2, 2, loss_chunk=4, profile=window, linear_attention="heads")
-    ranks = pool(4).run(stats_jobs.profiled, block=shared, batch=packed([24]), kind="qwen3_5_text", steps=4)
-    assert sorted(path.name for path in (tmp_path / "traces").iterdir()) == [f"rank{n}of4_steps2-3.json.gz" for n in range(4)]
-    wanted = {
-        "ProfilerStep#1",
-        "ProfilerStep#2",
-        "ds_cp attention",
-        "ds_cp attention tile",
-        "ds_cp attention backward",
-        "ds_cp attention tile backward",
-        "ds_cp all-to-all (ulysses)",
-        "ds_cp key/value hop: wait",
-        "ds_cp gradient hop: wait",
-        "ds_cp exchange of tokens and heads (seq)",
-        "ds_cp loss chunk",
-    }
-    for names in ranks:
-        assert wanted <= set(names), wanted - set(names)
-        assert names.count("ds_cp attention backward") == 2, "one layer of attention, in two recorded steps"
+RANGES: dict[str, tuple[int, dict[str, Any], set[str]]] = {
+    "attention on 2 x 2, Gated DeltaNet by heads": (
+        4,
+        {"kind": "qwen3_5_text", "block": block(2, 2, loss_chunk=4, linear_attention="heads"), "steps": 4, "evaluations": True},
+        {
+            *("ds_cp attention", "ds_cp attention tile", "ds_cp attention backward", "ds_cp attention tile backward"),
+            *("ds_cp all-to-all (ulysses)", "ds_cp key/value hop: wait", "ds_cp gradient hop: wait"),
+            *("ds_cp exchange of tokens and heads (seq)", "ds_cp loss chunk", "ds_cp all-reduce (seq)", "ds_cp all-gather (seq)"),
+        },
+    ),
+    "Gated DeltaNet by state": (
+        4,
+        {"kind": "qwen3_5_text", "block": block(2, 2, linear_attention="state")},
+        {"ds_cp exchange of tokens and heads (ulysses)", "ds_cp all-gather (ring)", "ds_cp reduce-scatter (ring)"},
+    ),
+    "images in two replicas": (
+        4,
+        {"kind": "qwen3_vl", "block": block(1, 2), "batch": pictures.row([5, (2, 2), 7])},
+        {"ds_cp all-to-all (seq)", "ds_cp all-reduce (data)"},
+    ),
+    "windows, a stream": (
+        2,
+        {"kind": "mistral", "block": block(1, 2), "stream": True},
+        {
+            *("ds_cp halo hop: wait", "ds_cp halo gradient hop: wait"),
+            *("ds_cp all-gather (default_pg)", "ds_cp all-reduce (default_pg)"),
+        },
+    ),
+    "a ring that gathers, log-probabilities": (
+        2,
+        {"kind": "llama", "block": block(1, 2, ring_impl="allgather"), "values": True},
+        {"ds_cp key/value gather: wait", "ds_cp gradient reduce-scatter", "ds_cp reduce-scatter (seq)"},
+    ),
+    "short convolutions": (2, {"kind": "lfm2", "block": block(1, 2)}, {"ds_cp convolution's halo (seq)"}),
+    "Mamba": (
+        2,
+        {"kind": "jamba", "block": block(1, 2)},
+        {"ds_cp convolution's halo (seq)", "ds_cp exchange of tokens and heads (seq)"},
+    ),
+    "Mamba-2": (2, {"kind": "mamba2", "block": block(1, 2)}, {"ds_cp exchange of tokens and heads (seq)"}),
+    "chosen keys": (2, {"kind": "deepseek_v32", "block": block(2, 1)}, {"ds_cp all-gather (ulysses)"}),
+}
+"""By kinds of layers and of steps: ranks, a run, and ranges that its trace must have."""
+
+
+@pytest.fixture(scope="module")
+def traces(pool, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[list[str]]]:
+    """Of each rank, by run: the ranges in the trace that it wrote."""
+    found = {}
+    for kind, (ranks, run, _) in RANGES.items():
+        folder = tmp_path_factory.mktemp("traces")
+        profile = {"after": 1, "steps": 2 if run.get("evaluations") else 1, "folder": str(folder)}
+        given = {"batch": packed([24]), **run, "block": {**run["block"], "profile": profile}}
+        found[kind] = pool(ranks).run(stats_jobs.profiled, **given)
+        last = "2-3" if run.get("evaluations") else "2-2"
+        assert sorted(path.name for path in folder.iterdir()) == [f"rank{n}of{ranks}_steps{last}.json.gz" for n in range(ranks)]
+    return found
+
+
+@pytest.mark.parametrize("kind", RANGES)
+def test_every_rank_writes_a_trace_with_named_ranges(traces: dict[str, list[list[str]]], kind: str) -> None:
+    _, run, wanted = RANGES[kind]
+    for names in traces[kind]:
+        assert {"ProfilerStep#1", *wanted} <= set(names), wanted - set(names)
+        if run.get("evaluations"):
+            assert "ProfilerStep#2" in names
+            assert names.count("ds_cp attention backward") == 2, "one layer of attention, in two recorded steps"
+
+
+def test_the_ranges_are_those_that_the_docs_list(traces: dict[str, list[list[str]]]) -> None:
+    found = {re.sub(r"(?<=^ProfilerStep#)\d+", "n", name) for ranks in traces.values() for names in ranks for name in names}
+    assert found == ranges_of_docs()

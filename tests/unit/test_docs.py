@@ -173,3 +173,31 @@ def test_files_that_a_page_names_are_there(page: Path) -> None:
     assert {path for path in mine if not (ROOT / path).exists()} == set()
     tests = {found for words in code for found in re.findall(r"(tests/[\w/]+\.py)::(\w+)", words)}
     assert {found for found in tests if f"def {found[1]}(" not in (ROOT / found[0]).read_text(encoding="utf-8")} == set()
+
+
+def ranges_of_docs() -> set[str]:
+    """Names of ranges in a trace, in the table of docs/observability.md; tests/dist/test_stats.py looks for them in traces."""
+    text = (ROOT / "docs" / "observability.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`(?:ds_cp |ProfilerStep).*?) \|", text, re.MULTILINE)
+    return {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
+
+
+def ranges_of_code() -> set[str]:
+    """Patterns of the names that the package gives ranges; what one of a collective or hop is filled in with is an argument."""
+    fixed = {re.escape(text).replace(r"\.\.\.", ".+") for text in literals() if re.match(r"ds_cp (?!watch)\S", text)}
+    words = {
+        word for path in (ROOT / "ds_cp").rglob("*.py") for word in words_of_ranges(ast.parse(path.read_text(encoding="utf-8")))
+    }
+    return fixed | {f"ds_cp {re.escape(word)} (hop: wait|\\(.+\\))" for word in words - {"selftest"}}
+
+
+def words_of_ranges(tree: ast.Module) -> set[str]:
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    ours = [call for call in calls if ast.unparse(call.func).rpartition(".")[2] in ("_named", "exchange", "post", "Hop")]
+    return {arg.value for call in ours for arg in call.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)}
+
+
+def test_every_range_of_the_code_is_in_the_docs() -> None:
+    listed, patterns = ranges_of_docs(), ranges_of_code()
+    assert len(patterns) > 12
+    assert [pattern for pattern in patterns if not any(re.fullmatch(pattern, name) for name in listed)] == []
