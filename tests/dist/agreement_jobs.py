@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -39,12 +40,18 @@ def missing_file(block: dict[str, Any]) -> None:
 
 
 def another_version(block: dict[str, Any]) -> None:
-    """As if another transformers were installed on the last rank's host."""
+    with other("transformers"):
+        started(block)
+
+
+@contextmanager
+def other(package: str) -> Iterator[None]:
+    """As if another version of the package were installed on the last rank's host."""
     installed = agreement._version
     if dist.get_rank() == dist.get_world_size() - 1:
-        agreement._version = lambda name: "0.0.1" if name == "transformers" else installed(name)
+        agreement._version = lambda name: "0.0.1" if name == package else installed(name)
     try:
-        started(block)
+        yield
     finally:
         agreement._version = installed
 

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from transformers import CONFIG_MAPPING
+from typer.testing import CliRunner
 
-from ds_cp import prove, selftest
+from ds_cp import cli, prove, selftest
+from tests.dist import agreement_jobs
 
 
 def proved(block: dict[str, Any], stage: int, model_type: str = "stablelm", gradients_times: float = 1.0) -> dict[str, str]:
@@ -31,3 +33,12 @@ def proved(block: dict[str, Any], stage: int, model_type: str = "stablelm", grad
         finally:
             selftest.sharded = sharded
     return said
+
+
+def in_the_shell(block: dict[str, Any], another: str) -> tuple[int, str]:
+    """Exit code and output of `ds-cp selftest` on this rank; the last one's host has another version of a package."""
+    with tempfile.TemporaryDirectory() as folder, agreement_jobs.other(another):
+        path = Path(folder) / "ds_config.json"
+        path.write_text(json.dumps({"sequence_parallel": block}))
+        done = CliRunner().invoke(cli.app, ["selftest", str(path), "--model", folder])
+    return done.exit_code, " ".join(done.output.split())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,15 @@ def test_a_model_that_is_refused_is_a_sentence_too(pool) -> None:
     with pytest.raises(WorkerError) as caught:
         pool(2).run(prove_jobs.proved, block={"size": 2}, stage=1, model_type="falcon")
     assert all("0 modules mix tokens" in error[1] for error in caught.value.errors)
+
+
+@pytest.mark.parametrize("package", ["ds_cp", "torch"])
+def test_another_version_on_one_host_is_a_sentence_on_every_rank(pool, package: str) -> None:
+    """Before anything that the versions may do differently, so no rank waits for another."""
+    wanted = rf"^refused: the ranks of this job differ: {package} is .* on rank 0 .* and 0\.0\.1.* on rank 1 .*\. Install the same"
+    for code, said in pool(2).run(prove_jobs.in_the_shell, block={"size": 2}, another=package):
+        assert code == 1
+        assert re.search(wanted, said), said
 
 
 def test_without_a_launcher_it_says_how_to_start(tmp_path: Path) -> None:
