@@ -102,12 +102,12 @@ def tokens_for_heads(
     ranks = context.mesh.ulysses.size
     parts = [reshard.by_receiver(x, ranks // split.sharing, split.sharing) for x in (q_TNH, k_TMH, v_TMH)]
     packed = torch.cat(parts, dim=3).flatten(0, 1)
-    mixed = comm.all_to_all(packed, context.mesh.ulysses.group, context.mesh.ulysses.waits)
+    mixed = comm.all_to_all(packed, context.mesh.ulysses)
     return mixed.view(ranks * tokens, -1, size).split((split.query, split.kv, split.kv), dim=1)
 
 
 def heads_for_tokens(out_SnH: Tensor, context: SequenceContext) -> Tensor:
     """The inverse all-to-all, of the output alone."""
     ulysses = context.mesh.ulysses
-    parts_UTnH = comm.all_to_all(out_SnH.unflatten(0, (ulysses.size, -1)), ulysses.group, ulysses.waits)
+    parts_UTnH = comm.all_to_all(out_SnH.unflatten(0, (ulysses.size, -1)), ulysses)
     return parts_UTnH.transpose(0, 1).flatten(1, 2).unsqueeze(0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -15,32 +16,36 @@ from torch import Tensor
 
 from ds_cp.timing import EXCHANGE, RING, Waits, timed
 
+if TYPE_CHECKING:
+    from ds_cp.mesh import AxisGroup
 
-def all_to_all(x: Tensor, group: dist.ProcessGroup | None, waits: Waits | None = None) -> Tensor:
+
+def all_to_all(x: Tensor, axis: AxisGroup) -> Tensor:
     """Exchanges equal parts of dim 0: part j of rank i becomes part i of rank j.
 
     Shards: `x_i` is [w, ...] with `x_i[j]` meant for rank j.
     Forward: `y_j[i] = x_i[j]`.  Backward: `dx_i[j] = g_j[i]`, the same exchange (its own inverse).
     """
-    return x if group is None else _AllToAll.apply(x, group, waits)
+    return x if axis.group is None else _AllToAll.apply(x, axis)
 
 
 class _AllToAll(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, group: dist.ProcessGroup, waits: Waits | None) -> Tensor:
-        ctx.rest = group, waits
-        return _exchange(x, group, waits)
+    def forward(ctx, x: Tensor, axis: AxisGroup) -> Tensor:
+        ctx.axis = axis
+        return _exchange(x, axis)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _exchange(grad, *ctx.rest), None, None
+        return _exchange(grad, ctx.axis), None
 
 
-def _exchange(x: Tensor, group: dist.ProcessGroup, waits: Waits | None) -> Tensor:
+def _exchange(x: Tensor, axis: AxisGroup) -> Tensor:
+    assert axis.group is not None, "nothing is sent where there is one rank"
     x = x.contiguous()
     out = torch.empty_like(x)
-    with _named("all-to-all", group, waits):
-        dist.all_to_all_single(out, x, group=group)
+    with _named("all-to-all", axis.group, axis.waits):
+        dist.all_to_all_single(out, x, group=axis.group)
     return out
 
 
@@ -55,34 +60,33 @@ def _named(what: str, group: dist.ProcessGroup, waits: Waits | None = None) -> I
         raise RuntimeError(f"ds_cp: the {what} of ranks {ranks} failed on rank {dist.get_rank()}: {error}") from error
 
 
-def exchange(
-    x: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup, waits: Waits | None = None, what: str = "all-to-all"
-) -> Tensor:
+def exchange(x: Tensor, sent: list[int], received: list[int], axis: AxisGroup, what: str = "all-to-all") -> Tensor:
     """Exchanges parts of dim 0 of different sizes. No gradient passes.
 
     Shards: `x_i` [sum(sent_i), ...], contiguous, its j-th part of `sent_i[j]` entries meant for rank j; `sent_i[j]` is
     `received_j[i]`. Result: `y_j` [sum(received_j), ...], what came from rank 0, 1, ...
     """
+    assert axis.group is not None, "nothing is sent where there is one rank"
     out = x.new_empty((sum(received), *x.shape[1:]))
-    with _named(what, group, waits):
-        dist.all_to_all_single(out, x, received, sent, group=group)
+    with _named(what, axis.group, axis.waits):
+        dist.all_to_all_single(out, x, received, sent, group=axis.group)
     return out
 
 
-def exchange_rows(x: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup | None) -> Tensor:
+def exchange_rows(x: Tensor, sent: list[int], received: list[int], axis: AxisGroup) -> Tensor:
     """`exchange` with a gradient.
 
     Shards: as there. Forward: `y_j` is what came from rank 0, 1, ...  Backward: `dx_i` is what comes back of it, the same exchange
     with `received` sent. A rank without parts must call it too, and have its result in its loss's graph.
     """
-    return x if group is None else _ExchangeRows.apply(x, sent, received, group)
+    return x if axis.group is None else _ExchangeRows.apply(x, sent, received, axis)
 
 
 class _ExchangeRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
-        ctx.rest = received, sent, group
-        return exchange(x.contiguous(), sent, received, group)
+    def forward(ctx, x: Tensor, sent: list[int], received: list[int], axis: AxisGroup) -> Tensor:
+        ctx.rest = received, sent, axis
+        return exchange(x.contiguous(), sent, received, axis)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -136,21 +140,15 @@ class Hop:
     """
 
     def __init__(
-        self,
-        sent: Sequence[tuple[Tensor, int]],
-        received: Sequence[tuple[Tensor, int]],
-        group: dist.ProcessGroup | None,
-        ranks: tuple[int, ...],
-        rank: int,
-        what: str,
-        waits: Waits | None = None,
+        self, sent: Sequence[tuple[Tensor, int]], received: Sequence[tuple[Tensor, int]], axis: AxisGroup, what: str
     ) -> None:
         assert all(x.is_contiguous() for x, _ in (*sent, *received))
+        ranks, mine, group = axis.ranks, axis.ranks[axis.rank], axis.group
         self._what = "; ".join(
-            [f"{what} hop from rank {ranks[peer]} to rank {ranks[rank]}" for _, peer in received]
-            or [f"{what} hop from rank {ranks[rank]} to rank {ranks[peer]}" for _, peer in sent]
+            [f"{what} hop from rank {ranks[peer]} to rank {mine}" for _, peer in received]
+            or [f"{what} hop from rank {mine} to rank {ranks[peer]}" for _, peer in sent]
         )
-        self._kind, self._waits = what, waits
+        self._kind, self._waits = what, axis.waits
         self._sent = sent  # kept alive until the work is done
         sends = [dist.P2POp(dist.isend, x, ranks[peer], group) for x, peer in sent]
         receives = [dist.P2POp(dist.irecv, x, ranks[peer], group) for x, peer in received]
@@ -183,12 +181,11 @@ class Gather:
     Shards: `sent` are contiguous tensors, of the same shapes on all ranks. They must not change before `wait`.
     """
 
-    def __init__(
-        self, sent: Sequence[Tensor], received: Sequence[Tensor], group: dist.ProcessGroup, waits: Waits | None = None
-    ) -> None:
-        self._sent, self._waits = sent, waits  # kept alive until the work is done
+    def __init__(self, sent: Sequence[Tensor], received: Sequence[Tensor], axis: AxisGroup) -> None:
+        assert axis.group is not None, "nothing is sent where there is one rank"
+        self._sent, self._waits = sent, axis.waits  # kept alive until the work is done
         flat = [(into.view(-1), x.view(-1)) for x, into in zip(sent, received, strict=True)]
-        self._work = [dist.all_gather_into_tensor(into, x, group=group, async_op=True) for into, x in flat]
+        self._work = [dist.all_gather_into_tensor(into, x, group=axis.group, async_op=True) for into, x in flat]
 
     def wait(self) -> None:
         with timed("ds_cp key/value gather: wait", self._waits, RING):
@@ -196,13 +193,14 @@ class Gather:
                 work.wait()
 
 
-def reduce_scatter(parts: Sequence[Tensor], group: dist.ProcessGroup, waits: Waits | None = None) -> list[Tensor]:
+def reduce_scatter(parts: Sequence[Tensor], axis: AxisGroup) -> list[Tensor]:
     """Sums over ranks, of which each keeps its part. No gradient passes.
 
     Shards: `parts[p]` on rank i is [w, ...], contiguous, with `parts[p][j]` meant for rank j. Result: `y_j = sum_i x_i[j]` of each.
     """
+    assert axis.group is not None, "nothing is sent where there is one rank"
     sums = [torch.empty_like(part[0]) for part in parts]
-    with timed("ds_cp gradient reduce-scatter", waits, RING):
+    with timed("ds_cp gradient reduce-scatter", axis.waits, RING):
         for into, part in zip(sums, parts, strict=True):
-            dist.reduce_scatter_tensor(into.view(-1), part.view(-1), group=group)
+            dist.reduce_scatter_tensor(into.view(-1), part.view(-1), group=axis.group)
     return sums

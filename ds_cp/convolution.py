@@ -23,13 +23,12 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
 from ds_cp import comm
 from ds_cp.layout import Range
-from ds_cp.timing import Waits
+from ds_cp.mesh import AxisGroup
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,25 +45,17 @@ class Halo:
     """Padded rows of what comes from others, by sender."""
     counts: tuple[list[int], list[int]]
     """Tokens sent to, and fetched from, each rank."""
-    group: dist.ProcessGroup | None
-    waits: Waits | None = None
+    axis: AxisGroup
 
 
-def plan(
-    shards: Sequence[Sequence[Range]],
-    documents: Sequence[int],
-    width: int,
-    rank: int,
-    group: dist.ProcessGroup | None,
-    device: torch.device,
-) -> Halo:
+def plan(shards: Sequence[Sequence[Range]], documents: Sequence[int], width: int, axis: AxisGroup, device: torch.device) -> Halo:
     """The halo of one rank.
 
     Args:
         shards: the ascending token ranges of every rank of the group. documents: cu_seqlens of the row that they make up.
         width: tokens before its own that a token sees.
     """
-    held = [_merged(spans) for spans in shards]
+    held, rank = [_merged(spans) for spans in shards], axis.rank
     runs = _runs(held[rank], documents)
     offsets = [0]
     for start, end in runs:
@@ -84,7 +75,7 @@ def plan(
         sent=_on(device, torch.tensor(local, dtype=torch.long)),
         fetched=_on(device, torch.tensor([row for rows in before for row in rows], dtype=torch.long)),
         counts=counts,
-        group=group,
+        axis=axis,
     )
 
 
@@ -155,9 +146,9 @@ class _Pad(torch.autograd.Function):
 
 
 def _exchanged(message: Tensor, halo: Halo, sent: list[int], received: list[int]) -> Tensor:
-    if halo.group is None:
+    if halo.axis.group is None:
         return message
-    return comm.exchange(message, sent, received, halo.group, halo.waits, "convolution's halo")
+    return comm.exchange(message, sent, received, halo.axis, "convolution's halo")
 
 
 def own(x_PC: Tensor, halo: Halo, taken: int = 0) -> Tensor:

@@ -109,13 +109,13 @@ def _to_heads(tensors: list[Tensor], group: Group, context: SequenceContext) -> 
     ulysses = context.mesh.ulysses
     message = torch.cat([_by_rank(x, group, ulysses.size).transpose(0, 1) for x in tensors], dim=2)
     heads = message.shape[2] // len(tensors)
-    return comm.all_to_all(message, ulysses.group, ulysses.waits).flatten(0, 1).split(heads, dim=1)
+    return comm.all_to_all(message, ulysses).flatten(0, 1).split(heads, dim=1)
 
 
 def _to_tokens(x_SgH: Tensor, into_TNH: Tensor, group: Group, context: SequenceContext) -> None:
     """The inverse for one tensor, into its heads' place."""
     ulysses = context.mesh.ulysses
-    parts_UTgH = comm.all_to_all(x_SgH.unflatten(0, (ulysses.size, -1)), ulysses.group, ulysses.waits)
+    parts_UTgH = comm.all_to_all(x_SgH.unflatten(0, (ulysses.size, -1)), ulysses)
     _by_rank(into_TNH, group, ulysses.size).copy_(parts_UTgH.transpose(0, 1))
 
 
@@ -123,7 +123,7 @@ def _key_value_heads(k_TMH: Tensor, v_TMH: Tensor, split: HeadSplit, context: Se
     """(k, v) [S, m, H]."""
     ulysses = context.mesh.ulysses
     parts = [by_receiver(x, ulysses.size // split.sharing, split.sharing) for x in (k_TMH, v_TMH)]
-    mixed = comm.all_to_all(torch.cat(parts, dim=3).flatten(0, 1), ulysses.group, ulysses.waits)
+    mixed = comm.all_to_all(torch.cat(parts, dim=3).flatten(0, 1), ulysses)
     return mixed.flatten(0, 1).split(split.kv, dim=1)
 
 
@@ -131,5 +131,5 @@ def _key_value_tokens(dk_SmH: Tensor, dv_SmH: Tensor, split: HeadSplit, context:
     """Their gradients [T, M, H]: those of heads that several ranks hold are summed."""
     ulysses = context.mesh.ulysses
     message = torch.cat([x.unflatten(0, (ulysses.size, -1)) for x in (dk_SmH, dv_SmH)], dim=2)
-    mixed = comm.all_to_all(message, ulysses.group, ulysses.waits).unflatten(0, (-1, split.sharing)).sum(1)
+    mixed = comm.all_to_all(message, ulysses).unflatten(0, (-1, split.sharing)).sum(1)
     return tuple(x.transpose(0, 1).flatten(1, 2) for x in mixed.split(split.kv, dim=2))

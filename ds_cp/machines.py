@@ -36,14 +36,14 @@ def bandwidths(mesh: Mesh, device: torch.device) -> dict[str, float]:
 
 
 def _all_to_all(x: Tensor, axis: AxisGroup) -> None:
-    comm.all_to_all(x[: len(x) // axis.size * axis.size].view(axis.size, -1), axis.group)
+    comm.all_to_all(x[: len(x) // axis.size * axis.size].view(axis.size, -1), axis)
 
 
 def _hop(x: Tensor, axis: AxisGroup) -> None:
     after, before = (axis.rank + 1) % axis.size, (axis.rank - 1) % axis.size
     received = torch.empty_like(x)
     assert axis.group is not None
-    comm.Hop([(x, after)], [(received, before)], axis.group, axis.ranks, axis.rank, "selftest").wait()
+    comm.Hop([(x, after)], [(received, before)], axis, "selftest").wait()
 
 
 def kernel_speed(kernel: Kernel, heads: tuple[int, int], head_size: int, dtype: torch.dtype, device: torch.device) -> float | None:

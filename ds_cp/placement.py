@@ -85,8 +85,7 @@ def place(plan: Layout, methods: Methods, mesh: Mesh, documents: tuple[int, ...]
         to_attention = layouts.route(layouts.shards(held), worked, mesh.seq.rank)
     halo = None
     if methods.halo:
-        halo = convolution.plan(layouts.shards(held), documents, methods.halo, mesh.seq.rank, mesh.seq.group, device)
-        halo = replace(halo, waits=mesh.seq.waits)
+        halo = convolution.plan(layouts.shards(held), documents, methods.halo, mesh.seq, device)
     if methods.delta is None and not methods.scans:
         return Held(layout=held, to_attention=to_attention, to_delta=None, span=None, halo=halo)
     if not pieces:

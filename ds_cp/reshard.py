@@ -81,8 +81,7 @@ class _ToTokens(torch.autograd.Function):
 
 
 def _exchange(message: Tensor, sent: list[int], received: list[int], axis: AxisGroup) -> Tensor:
-    assert axis.group is not None, "tokens stay where there is one rank"
-    return comm.exchange(message, sent, received, axis.group, axis.waits, "exchange of tokens and heads")
+    return comm.exchange(message, sent, received, axis, "exchange of tokens and heads")
 
 
 def _pack_held(sources: Sequence[Tensor], route: Route) -> Tensor:

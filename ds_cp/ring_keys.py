@@ -47,9 +47,7 @@ def arriving(k: Tensor, v: Tensor, context: SequenceContext, plan: Plan, lanes: 
         row = block.new_empty((2, context.layout.length, *block.shape[2:]))
         if kept is not None:
             kept.append(row)
-        ring = context.mesh.ring
-        assert ring.group is not None, "one rank has one step"
-        everyone = comm.Gather(own_slots(block, context), by_slot(row, context), ring.group, ring.waits)
+        everyone = comm.Gather(own_slots(block, context), by_slot(row, context), context.mesh.ring)
         yield 0, block, steps[0]
         everyone.wait()
         lanes.order(0, 1)
@@ -98,8 +96,7 @@ def _post_halo(k: Tensor, v: Tensor, context: SequenceContext, halo: Halo) -> tu
 
 
 def post(sent: Sends, received: Sends, context: SequenceContext, what: str) -> comm.Hop:
-    ring = context.mesh.ring
-    return comm.Hop(sent, received, ring.group, ring.ranks, ring.rank, what, ring.waits)
+    return comm.Hop(sent, received, context.mesh.ring, what)
 
 
 def own_slots(block: Tensor, context: SequenceContext) -> list[Tensor]:

@@ -249,5 +249,5 @@ class Door:
         received = torch.bincount(from_rank, minlength=seq.size).tolist()
         device = encoded.features_FC.device
         parts_FC = encoded.features_FC[torch.cat(sent).to(device)]
-        arrived_VC = comm.exchange_rows(parts_FC, [len(part) for part in sent], received, seq.group)
+        arrived_VC = comm.exchange_rows(parts_FC, [len(part) for part in sent], received, seq)
         return arrived_VC[from_rank.argsort(stable=True).argsort().to(device)]

@@ -135,7 +135,7 @@ def hop_ms(args: Any, place: Any, kv: torch.Tensor) -> float:
     for _ in range(8):
         dist.barrier()
         start = now(args.device)
-        comm.Hop([(buffers[0], after)], [(buffers[1], before)], place.group, place.ranks, place.rank, "test").wait()
+        comm.Hop([(buffers[0], after)], [(buffers[1], before)], place, "test").wait()
         end = now(args.device)
         synchronized(args.device)
         samples.append(milliseconds(start, end))

@@ -158,7 +158,7 @@ class RingFlashAttention:
     def _hop(self, x: Tensor, received: Tensor, what: str) -> Callable[[], Tensor]:
         axis = self._axis
         before, after = (axis.rank - 1) % axis.size, (axis.rank + 1) % axis.size
-        hop = comm.Hop([(x, after)], [(received, before)], axis.group, axis.ranks, axis.rank, what=what)
+        hop = comm.Hop([(x, after)], [(received, before)], axis, what)
 
         def wait() -> Tensor:
             hop.wait()

@@ -39,30 +39,30 @@ class Group(Protocol):
 
 
 class Hop:
-    def __init__(self, sent: Sends, received: Sends, group: Any, ranks: tuple[int, ...], rank: int, what: str) -> None:
+    def __init__(self, sent: Sends, received: Sends, axis: Any, what: str) -> None:
         assert all(x.is_contiguous() for x, _ in (*sent, *received))
         self._sent = sent  # kept alive until the copies are done
-        self._waits: list[Wait] = group.hop(sent, received, what)
+        self._waits: list[Wait] = axis.group.hop(sent, received, what)
 
-    def wait(self) -> None:
+    def wait(self, streams: Sequence[torch.cuda.Stream] = ()) -> None:
         for wait in self._waits:
             wait()
 
 
 class Gather:
-    def __init__(self, sent: Sequence[Tensor], received: Sequence[Tensor], group: Any) -> None:
+    def __init__(self, sent: Sequence[Tensor], received: Sequence[Tensor], axis: Any) -> None:
         assert all(x.is_contiguous() for x in (*sent, *received))
         self._sent = sent
-        self._waits: list[Wait] = [group.gather(x, into) for x, into in zip(sent, received, strict=True)]
+        self._waits: list[Wait] = [axis.group.gather(x, into) for x, into in zip(sent, received, strict=True)]
 
     def wait(self) -> None:
         for wait in self._waits:
             wait()
 
 
-def reduce_scatter(parts: Sequence[Tensor], group: Any) -> list[Tensor]:
+def reduce_scatter(parts: Sequence[Tensor], axis: Any) -> list[Tensor]:
     assert all(x.is_contiguous() for x in parts)
-    return [group.reduce_scatter(x) for x in parts]
+    return [axis.group.reduce_scatter(x) for x in parts]
 
 
 def install() -> None:

@@ -61,18 +61,18 @@ class LocalRing:
 class LocalGather:
     """`comm.Gather` between threads."""
 
-    def __init__(self, sent: Sequence[Tensor], received: Sequence[Tensor], group: LocalRing, waits: Waits) -> None:
-        self._received, self._theirs = received, group.swap("gather", sent)
+    def __init__(self, sent: Sequence[Tensor], received: Sequence[Tensor], axis: Any) -> None:
+        self._received, self._theirs = received, axis.group.swap("gather", sent)
 
     def wait(self) -> None:
         for part, into in enumerate(self._received):
             into.copy_(torch.stack([theirs[part] for theirs in self._theirs]))
 
 
-def local_reduce_scatter(parts: Sequence[Tensor], group: LocalRing, waits: Waits) -> list[Tensor]:
+def local_reduce_scatter(parts: Sequence[Tensor], axis: Any) -> list[Tensor]:
     """`comm.reduce_scatter` between threads."""
-    rank, everyone = group.rank_here.value, group.swap("reduce", parts)
-    return [torch.stack([theirs[part][rank] for theirs in everyone]).sum(0) for part in range(len(parts))]
+    everyone = axis.group.swap("reduce", parts)
+    return [torch.stack([theirs[part][axis.rank] for theirs in everyone]).sum(0) for part in range(len(parts))]
 
 
 Sends = Sequence[tuple[Tensor, int]]
@@ -81,16 +81,15 @@ Sends = Sequence[tuple[Tensor, int]]
 class LocalHop:
     """`comm.Hop` between threads."""
 
-    def __init__(
-        self, sent: Sends, received: Sends, group: LocalRing, ranks: Sequence[int], rank: int, what: str, waits: Waits
-    ) -> None:
+    def __init__(self, sent: Sends, received: Sends, axis: Any, what: str) -> None:
+        group, rank = axis.group, axis.rank
         for x, peer in sent:
             assert x.is_contiguous()
             copy = x.clone()
             ready = torch.cuda.current_stream().record_event() if x.is_cuda else None
             group.queues[rank, peer, what].put((copy, ready))
         self._received = [(x, group.queues[peer, rank, what]) for x, peer in received]
-        self._group, self._waits = group, waits
+        self._group, self._waits = group, axis.waits
 
     def wait(self, streams: Sequence[torch.cuda.Stream] = ()) -> None:
         with timed("hop", self._waits, RING, streams):

@@ -59,7 +59,7 @@ IMPORTS = _table(
         "kernels.probe": "tiles kernels.attention",
         "kernels.choice": "tiles kernels.attention kernels.sums",
         "reshard": "layout comm",
-        "convolution": "layout comm timing",
+        "convolution": "layout comm mesh",
         "indexed": "attention batch comm layout",
         "placement": "balance layout mesh comm convolution kernels.delta",
         "batch": "layout tiles mesh",

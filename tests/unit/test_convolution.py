@@ -11,14 +11,19 @@ from torch.nn import functional
 
 from ds_cp import convolution, layout
 from ds_cp.layout import Range
+from ds_cp.mesh import AxisGroup
 
 DOCUMENTS = {"one": [70], "packed": [13, 1, 1, 22, 5, 1, 25, 2], "single tokens": [1] * 9, "short": [2], "pairs": [2, 3, 2]}
+
+
+def axes(ranks: int) -> list[AxisGroup]:
+    return [AxisGroup(None, tuple(range(ranks)), rank) for rank in range(ranks)]
 
 
 def played(shards: tuple[tuple[Range, ...], ...], bounds: tuple[int, ...], width: int, x_SC: Tensor, weight: Tensor) -> Tensor:
     """The convolution of the whole row by all ranks, whose messages are handed over here."""
     cpu = torch.device("cpu")
-    halos = [convolution.plan(shards, bounds, width, rank, None, cpu) for rank in range(len(shards))]
+    halos = [convolution.plan(shards, bounds, width, axis, cpu) for axis in axes(len(shards))]
     held = [torch.cat([x_SC[start:end] for start, end in spans]) for spans in shards]
     messages = [x[halo.sent].split(halo.counts[0]) for x, halo in zip(held, halos, strict=True)]
     out_SC = torch.full_like(x_SC, torch.nan)
@@ -58,6 +63,6 @@ def test_every_layout_gives_each_document_what_it_has_alone(ulysses: int, ring: 
 def test_what_is_fetched_does_not_grow_with_the_row(name: str, pieces: int) -> None:
     for tokens in (4096, 65536):
         plan = layout.build(name, tokens, 8, 1)
-        halos = [convolution.plan(layout.shards(plan), (0, tokens), 3, rank, None, torch.device("cpu")) for rank in range(8)]
+        halos = [convolution.plan(layout.shards(plan), (0, tokens), 3, axis, torch.device("cpu")) for axis in axes(8)]
         assert [sum(halo.counts[1]) for halo in halos[1:-1]] == [3 * pieces] * 6
         assert sum(sum(halo.counts[0]) for halo in halos) == sum(sum(halo.counts[1]) for halo in halos)
