@@ -171,6 +171,18 @@ def test_the_selftest_passes_over_a_hostfile(hosts: Hosts, tmp_path: Path) -> No
 
 
 @two_hosts
+def test_a_link_is_shaped_and_its_bytes_are_counted(hosts: Hosts) -> None:
+    def queue() -> str:
+        return hosts("run", "--on", "host2", "tc", "qdisc", "show", "dev", "eth0")
+
+    hosts("shape", "--rate", "1gbit")
+    assert "rate 1Gbit" in queue()
+    hosts("shape", "--rate", "none")
+    assert "rate" not in queue()
+    assert {host: sent > 0 for host, sent in json.loads(hosts("sent")).items()} == {"host1": True, "host2": True}
+
+
+@two_hosts
 def test_the_interface_carries_what_the_formula_says(hosts: Hosts, tmp_path: Path) -> None:
     """Keys and values in forward and, unless kept, in backward; their gradients; what does not grow with the row is left out."""
     out = tmp_path / "out.json"

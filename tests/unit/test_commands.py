@@ -7,17 +7,19 @@ in the test's file.
 from __future__ import annotations
 
 import json
+import os
 import re
 import runpy
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from typer.testing import CliRunner
 
-from ds_cp import cli, selftest
+from ds_cp import cli, comm, selftest
 from tests.unit.docs_commands import ROOT, Command, commands
 
 COMMANDS = commands()
@@ -55,8 +57,8 @@ class Not:
     why: str
 
 
-GPU = Not("needs a GPU; tests/gpu runs the package's code that it measures")
-MINUTES = Not("a measurement of minutes on CPU")
+GPU = Not("needs a GPU; tests/gpu runs the package's code that it measures; its options are looked for in its --help")
+MINUTES = Not("a measurement of minutes on CPU; its options are looked for in its --help")
 TRAIN = "tests/e2e/test_train_script.py::test_two_ranks_give_the_curve_of_one_process"
 SIZES = "sizes of a model that is drawn: TestModel of the same file"
 LENGTH = "how long and how fast it trains"
@@ -70,6 +72,8 @@ CURVES |= {
     "seed": "the default is another number",
 }
 HOSTS = "tests/hosts/test_hosts.py"
+TINY = ("--tiny", "--device", "cpu")
+QUICK = ("--quick", "--no-peers", "--seconds", "0", "--packed-kinds", "half", "--packed-layouts", "balanced", "--rows", "1")
 
 RULES: dict[str, Here | Script | Run | Not] = {
     r"ds-cp (check|plan|explain) ": Here(),
@@ -98,8 +102,7 @@ RULES: dict[str, Here | Script | Run | Not] = {
     ),
     r"sudo scripts/hosts (up|down)": Run(f"{HOSTS}::test_every_launcher_gives_the_gradients_of_one_process"),
     r"(sudo )?scripts/hosts cut": Run(f"{HOSTS}::test_a_host_that_is_cut_off_for_five_seconds_goes_on"),
-    r"sudo scripts/hosts sent": Run(f"{HOSTS}::test_the_interface_carries_what_the_formula_says"),
-    r"sudo scripts/hosts shape": Not("only scripts/bench/link.py shapes a link"),
+    r"sudo scripts/hosts (sent|shape)": Run(f"{HOSTS}::test_a_link_is_shaped_and_its_bytes_are_counted"),
     r"(sudo )?scripts/hosts install": Not("CI itself calls it (.ci/run)"),
     r"scripts/quickstart( --install-only)?$": Not("CI itself installs by it; the two runs after that are scripts/train.py's"),
     r"scripts/test( |$)": Not("CI itself calls it (.ci/run)"),
@@ -115,10 +118,14 @@ RULES: dict[str, Here | Script | Run | Not] = {
     r"python scripts/bench/(one_rank|memory)\.py (?!--loss)": Run(
         "tests/e2e/test_benchmarks.py::test_a_benchmark_of_one_rank_runs", how="--tiny, on CPU"
     ),
-    r"(FLA_\w+=\S+ )?python scripts/bench/(attention|delta|liger|memory|real_ranks)\.py": GPU,
+    r"python scripts/bench/(liger|memory|real_ranks)\.py": GPU,
     r"python -m pytest tests/gpu": GPU,
     r"python scripts/bench/planning\.py": Script(("--tokens", "4096", "--documents", "16", "--ring", "4", "--runs", "1")),
     r"python scripts/bench/balance\.py": Script(("--out", "balance.json")),
+    r"python scripts/bench/attention\.py": Script(
+        (*TINY, *QUICK, "--kernels", "reference", "--sections", "speed", "packed", "--lengths", "128", "--ring", "2")
+    ),
+    r"python scripts/bench/delta\.py": Script((*TINY, "--ranks", "2", "--contenders", "heads", "state", "--profile")),
     r"python scripts/bench/(parity|alst|deepspeed_tiles|tower|planner_curves)\.py": MINUTES,
     r"scripts/bench/alst\.py": MINUTES,
     r"sudo scripts/bench/link\.py": MINUTES,
@@ -197,10 +204,28 @@ def test_the_shells_commands_run(page: str, tmp_path: Path, monkeypatch: pytest.
 
 @pytest.mark.parametrize("pattern", [pattern for pattern, rule in RULES.items() if isinstance(rule, Script)])
 def test_a_script_of_one_process_runs(pattern: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    monkeypatch.chdir(tmp_path)
-    for command in (command for command in COMMANDS if re.match(pattern, str(command))):
-        rule, script = RULES[pattern], ROOT / command.words[1]
+    rule, told = RULES[pattern], [command for command in COMMANDS if re.match(pattern, str(command))]
+    for command in told:
         assert command.options <= {word[2:] for word in rule.options if word.startswith("--")}, command.place
-        monkeypatch.setattr(sys, "argv", [str(script), *rule.options])
-        runpy.run_path(str(script), run_name="__main__")
-        assert capsys.readouterr().out.strip(), command
+    script = ROOT / told[0].words[1]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(script), *rule.options])
+    monkeypatch.syspath_prepend(script.parent)
+    for name in ("Hop", "Gather", "reduce_scatter"):  # one of the scripts puts others in their place
+        monkeypatch.setattr(comm, name, getattr(comm, name))
+    runpy.run_path(str(script), run_name="__main__")
+    assert capsys.readouterr().out.strip()
+
+
+def test_the_options_of_a_measurement_are_those_that_it_takes(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    named = re.compile(r"scripts/(bench|soak)/\w+\.py")
+    measured = [(command, word) for command in COMMANDS for word in command.words if named.match(word)]
+    shown = {}
+    for script in sorted({script for _, script in measured}):
+        monkeypatch.setattr(sys, "argv", [script, "--help"])
+        monkeypatch.syspath_prepend((ROOT / script).parent)
+        with patch.dict(os.environ), pytest.raises(SystemExit, match=r"^0$"):  # some of them set variables
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        shown[script] = capsys.readouterr().out
+    asked = [(f"{command.place}: --{option}", script) for command, script in measured for option in command.options]
+    assert [what for what, script in asked if not re.search(rf"{what.split()[1]}[\s,\]]", shown[script])] == []
