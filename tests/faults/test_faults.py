@@ -5,11 +5,10 @@ The last checkpoint goes on as if nothing had happened. The rows of docs/reliabi
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
-import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +16,8 @@ import pytest
 
 from tests.faults.job import STEPS
 from tests.ports import free_port
+from tests.warm import Started, Warm
 
-ROOT = Path(__file__).parents[2]
 BOUND_S = 90
 """For a run to end after a fault: its timeouts are 10 s, and other tests may run beside it."""
 
@@ -33,25 +32,30 @@ class Ended:
         return {int(step): float(loss) for step, loss in re.findall(r"^loss (\d+) ([\d.]+)$", self.texts[0], re.MULTILINE)}
 
 
-def run(folder: Path, what: str, ranks: int = 2, kill_left: bool = False) -> Ended:
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory: pytest.TempPathFactory, built_extension: None) -> Iterator[Warm]:
+    started = Warm(tmp_path_factory.mktemp("warm"))
+    yield started
+    started.close()
+
+
+def run(warm: Warm, folder: Path, what: str, ranks: int = 2) -> Ended:
     """Starts the ranks by themselves, so that no launcher ends the survivors."""
-    shared = {**os.environ, "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     files = [folder.parent / f"{folder.name}-{what}-{rank}.log" for rank in range(ranks)]
     processes = []
-    for rank, file in enumerate(files):
+    for rank, log in enumerate(files):
         environment = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        with open(file, "w") as log:
-            command = [sys.executable, "-m", "tests.faults.job", str(folder), what]
-            processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT))
-    seconds = survivors_end(processes, files)
+        processes.append(warm.start("tests.faults.job", folder, what, log=log, environment=environment))
+    seconds = survivors_end(processes[:1] if what == "stop" else processes, files)  # what is stopped does not end
     for process in processes:
         if process.poll() is None:
             process.kill()
-            process.wait()
+            process.wait(30)
     return Ended([process.returncode for process in processes], [file.read_text() for file in files], seconds)
 
 
-def survivors_end(processes: list[subprocess.Popen], files: list[Path]) -> float:
+def survivors_end(processes: list[Started], files: list[Path]) -> float:
     """Seconds from the last loss that was printed until rank 0 has ended."""
     start, last, seen = time.monotonic(), time.monotonic(), ""
     while processes[0].poll() is None:
@@ -71,17 +75,17 @@ def survivors_end(processes: list[subprocess.Popen], files: list[Path]) -> float
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, built_extension: None) -> dict[int, float]:
+def whole(tmp_path_factory: pytest.TempPathFactory, warm: Warm) -> dict[int, float]:
     """The losses of a run in which nothing goes wrong."""
-    ended = run(tmp_path_factory.mktemp("whole") / "run", "nothing")
+    ended = run(warm, tmp_path_factory.mktemp("whole") / "run", "nothing")
     assert ended.codes == [0, 0], ended.texts[0][-3000:]
     losses = ended.losses()
     assert sorted(losses) == list(range(1, STEPS + 1))
     return losses
 
 
-def goes_on(folder: Path, whole: dict[int, float], after: int) -> None:
-    ended = run(folder, "nothing")
+def goes_on(warm: Warm, folder: Path, whole: dict[int, float], after: int) -> None:
+    ended = run(warm, folder, "nothing")
     assert ended.codes == [0, 0], ended.texts[0][-3000:]
     losses = ended.losses()
     assert min(losses) == after + 1
@@ -104,21 +108,21 @@ LEFT = 2
 
 @pytest.mark.parametrize("what", LINES)
 def test_a_fault_ends_the_run_with_a_line_and_the_last_checkpoint_goes_on(
-    what: str, whole: dict[int, float], tmp_path: Path
+    what: str, warm: Warm, whole: dict[int, float], tmp_path: Path
 ) -> None:
     line = LINES[what]
-    ended = run(tmp_path / "run", what)
+    ended = run(warm, tmp_path / "run", what)
     assert ended.codes[0] not in (0, None), ended.texts[0][-3000:]
     assert re.search(line, ended.texts[0]), ended.texts[0][-3000:]
     assert ended.seconds < BOUND_S
     assert (tmp_path / "run" / "latest").read_text() == f"global_step{LEFT}"
     if what in ("kill-backward", "kill-save"):  # what is left is the same for the rest, and a run costs many seconds
-        goes_on(tmp_path / "run", whole, LEFT)
+        goes_on(warm, tmp_path / "run", whole, LEFT)
 
 
-def test_sigterm_on_one_rank_saves_and_ends_all_of_them_with_success(whole: dict[int, float], tmp_path: Path) -> None:
-    ended = run(tmp_path / "run", "term")
+def test_sigterm_on_one_rank_saves_and_ends_all_of_them_with_success(warm: Warm, whole: dict[int, float], tmp_path: Path) -> None:
+    ended = run(warm, tmp_path / "run", "term")
     assert ended.codes == [0, 0], ended.texts[0][-3000:]
     stopped = max(ended.losses())
     assert 4 <= stopped <= 5
-    goes_on(tmp_path / "run", whole, stopped)
+    goes_on(warm, tmp_path / "run", whole, stopped)

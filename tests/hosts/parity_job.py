@@ -1,6 +1,6 @@
 """Started on every host by a launcher: parity cases over all ranks of the job; rank 0 writes what came out.
 
-python -m tests.hosts.parity_job OUT
+python -m tests.hosts.parity_job OUT CASE ...
 """
 
 from __future__ import annotations
@@ -17,17 +17,18 @@ from ds_cp import mesh
 from tests.dist import jobs
 
 CASES = {
-    "ulysses 2, two replicas": ({"size": 2, "ulysses_size": 2, "ring_size": 1}, 2),
-    "ring 4": ({"size": 4, "ulysses_size": 1, "ring_size": 4}, 1),
-    "ulysses 2 x ring 2": ({"size": 4, "ulysses_size": 2, "ring_size": 2}, 1),
+    "replicas": ({"size": 2, "ulysses_size": 2, "ring_size": 1}, 2),
+    "ring": ({"size": 4, "ulysses_size": 1, "ring_size": 4}, 1),
+    "hybrid": ({"size": 4, "ulysses_size": 2, "ring_size": 2}, 1),
 }
 
 
-def main(out: Path) -> None:
+def main(out: Path, *names: str) -> None:
     torch.set_num_threads(1)
     ds_cp.init_distributed()
     errors = {}
-    for name, (block, replicas) in CASES.items():
+    for name in names:
+        block, replicas = CASES[name]
         _, loss_error, worst, error = jobs.parity("llama", block, stage=3, replicas=replicas)
         errors[name] = [loss_error, error, worst]
     auto = [jobs.degrees({"size": "auto"}), mesh.local_world_size()]
@@ -37,4 +38,5 @@ def main(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(next(argument for argument in sys.argv[1:] if not argument.startswith("--"))))
+    out, *names = (argument for argument in sys.argv[1:] if not argument.startswith("--"))
+    main(Path(out), *names)

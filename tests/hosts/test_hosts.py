@@ -16,7 +16,8 @@ import pytest
 from ds_cp import selftest
 from tests.faults.job import STEPS
 from tests.faults.test_faults import BOUND_S
-from tests.hosts import traffic_job
+from tests.hosts import parity_job, traffic_job
+from tests.warm import Warm
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "scripts" / "hosts"
@@ -58,8 +59,12 @@ LAUNCHERS = {
 
 
 def run_parity(hosts: Hosts, launcher: str, out: Path) -> dict:
-    hosts("run", *LAUNCHERS[launcher], "tests.hosts.parity_job", out)
-    return json.loads(out.read_text())
+    # Launchers differ in how ranks learn who and where they are: all cases with one, and the one with both axes with the others.
+    cases = parity_job.CASES if launcher == "pdsh" else ["hybrid"]
+    hosts("run", *LAUNCHERS[launcher], "tests.hosts.parity_job", out, *cases)
+    found = json.loads(out.read_text())
+    assert list(found["errors"]) == list(cases)
+    return found
 
 
 @pytest.mark.parametrize(
@@ -82,15 +87,13 @@ def test_every_launcher_gives_the_gradients_of_one_process(hosts: Hosts, tmp_pat
 class Job:
     """One rank on each of two hosts, started by hand, so that no launcher ends the survivors."""
 
-    def __init__(self, hosts: Hosts, folder: Path, *module: str | Path) -> None:
-        self._logs = [folder / f"rank{rank}.log" for rank in range(hosts.count)]
-        shared = {**os.environ, "WORLD_SIZE": str(hosts.count), "MASTER_ADDR": "host1", "MASTER_PORT": "29511", "LOCAL_RANK": "0"}
-        self.ranks = []
-        for rank, file in enumerate(self._logs):
-            run = [TOOL, "--name", hosts.name, "run", "--on", f"host{rank + 1}", sys.executable, "-m", *module]
-            with open(file, "w") as log:
-                environment = {**shared, "RANK": str(rank)}
-                self.ranks.append(subprocess.Popen(run, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT))
+    def __init__(self, warm: list[Warm], folder: Path, module: str, *arguments: str | Path) -> None:
+        self._logs = [folder / f"rank{rank}.log" for rank in range(len(warm))]
+        shared = {"WORLD_SIZE": str(len(warm)), "MASTER_ADDR": "host1", "MASTER_PORT": "29511", "LOCAL_RANK": "0"}
+        self.ranks = [
+            server.start(module, *arguments, log=log, environment={**shared, "RANK": str(rank)})
+            for rank, (server, log) in enumerate(zip(warm, self._logs, strict=True))
+        ]
 
     def says(self, rank: int) -> str:
         return self._logs[rank].read_text()
@@ -109,10 +112,20 @@ class Job:
 
 
 @pytest.fixture(scope="module")
-def whole(hosts: Hosts, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def warm(hosts: Hosts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Warm]]:
+    """One server on each host."""
+    on = [[TOOL, "--name", hosts.name, "run", "--on", f"host{i + 1}"] for i in range(hosts.count)]
+    servers = [Warm(tmp_path_factory.mktemp("warm"), prefix) for prefix in on]
+    yield servers
+    for server in servers:
+        server.close()
+
+
+@pytest.fixture(scope="module")
+def whole(warm: list[Warm], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The losses of a run in which nothing goes wrong, as printed."""
     folder = tmp_path_factory.mktemp("whole")
-    job = Job(hosts, folder, "tests.faults.job", folder / "run", "calm")
+    job = Job(warm, folder, "tests.faults.job", folder / "run", "calm")
     assert job.codes() == [0, 0], job.says(0)[-4000:]
     assert len(job.losses()) == STEPS
     return job.losses()
@@ -123,9 +136,9 @@ two_hosts = pytest.mark.parametrize("hosts", [(2, 1)], ids=["2 hosts x 1"], indi
 
 @two_hosts
 def test_a_host_that_is_cut_off_is_named_on_both_sides_and_the_last_checkpoint_goes_on(
-    hosts: Hosts, whole: dict[str, str], tmp_path: Path
+    hosts: Hosts, warm: list[Warm], whole: dict[str, str], tmp_path: Path
 ) -> None:
-    job = Job(hosts, tmp_path, "tests.faults.job", tmp_path / "run", "slow")
+    job = Job(warm, tmp_path, "tests.faults.job", tmp_path / "run", "slow")
     job.wait_for("loss 3")
     hosts("cut", "host2")
     assert len(job.losses()) < STEPS, "it was done before the cut"
@@ -143,15 +156,17 @@ def test_a_host_that_is_cut_off_is_named_on_both_sides_and_the_last_checkpoint_g
     assert "rank 0 on host1" in job.says(1)
     assert time.monotonic() - start < 2 * BOUND_S
     after = int((tmp_path / "run" / "latest").read_text().removeprefix("global_step"))
-    resumed = Job(hosts, tmp_path, "tests.faults.job", tmp_path / "run", "calm")
+    resumed = Job(warm, tmp_path, "tests.faults.job", tmp_path / "run", "calm")
     assert resumed.codes() == [0, 0], resumed.says(0)[-4000:]
     assert [int(step) for step in resumed.losses()] == list(range(after + 1, STEPS + 1))
     assert resumed.losses().items() <= whole.items()
 
 
 @two_hosts
-def test_a_host_that_is_cut_off_for_five_seconds_goes_on(hosts: Hosts, whole: dict[str, str], tmp_path: Path) -> None:
-    job = Job(hosts, tmp_path, "tests.faults.job", tmp_path / "run", "patient")
+def test_a_host_that_is_cut_off_for_five_seconds_goes_on(
+    hosts: Hosts, warm: list[Warm], whole: dict[str, str], tmp_path: Path
+) -> None:
+    job = Job(warm, tmp_path, "tests.faults.job", tmp_path / "run", "patient")
     job.wait_for("loss 3")
     hosts("cut", "host2")
     time.sleep(5)
@@ -183,10 +198,10 @@ def test_a_link_is_shaped_and_its_bytes_are_counted(hosts: Hosts) -> None:
 
 
 @two_hosts
-def test_the_interface_carries_what_the_formula_says(hosts: Hosts, tmp_path: Path) -> None:
+def test_the_interface_carries_what_the_formula_says(warm: list[Warm], tmp_path: Path) -> None:
     """Keys and values in forward and, unless kept, in backward; their gradients; what does not grow with the row is left out."""
     out = tmp_path / "out.json"
-    job = Job(hosts, tmp_path, "tests.hosts.traffic_job", out)
+    job = Job(warm, tmp_path, "tests.hosts.traffic_job", out)
     assert job.codes() == [0, 0], job.says(0)[-4000:]
     for kept in traffic_job.KEPT:
         short, long = (json.loads(out.read_text())[kept][str(tokens)] for tokens in traffic_job.LENGTHS)

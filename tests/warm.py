@@ -1,0 +1,126 @@
+"""Processes that are forked from one which has the slow imports done: what a test starts by itself begins at once.
+
+    python -m tests.warm SOCKET     # the server; `Warm` starts it
+
+A child leaves the server's loop for the top of the interpreter and runs its module there as `python -m` does, with arguments, log
+and environment of its own. So it ends as any process does: excepthook, atexit, signals, exit code. What launchers start is not
+forked.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from multiprocessing import connection
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+PRELOADED = "tests.dist.preloaded"
+START_S = 180
+TURN_S = 0.02
+
+
+class Started:
+    """One child, with the part of subprocess.Popen that tests use."""
+
+    def __init__(self, server: Warm, pid: int) -> None:
+        self._server, self.pid, self.returncode = server, pid, None
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            self.returncode = self._server.code(self.pid)
+        return self.returncode
+
+    def wait(self, timeout: float) -> int:
+        deadline = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired(f"process {self.pid}", timeout)
+            time.sleep(TURN_S)
+        return self.returncode
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+
+
+class Warm:
+    """The server's side of a test. `prefix` is a command that starts it somewhere else, on a host of `scripts/hosts`."""
+
+    def __init__(self, folder: Path, prefix: Sequence[str | Path] = ()) -> None:
+        self._codes: dict[int, int] = {}
+        address, log = folder / "socket", folder / "server.log"
+        command = [*prefix, sys.executable, "-m", "tests.warm", address]
+        with open(log, "w") as file:
+            self._process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
+        deadline = time.monotonic() + START_S
+        while not address.exists():
+            assert self._process.poll() is None, log.read_text()[-3000:]
+            assert time.monotonic() < deadline, log.read_text()[-3000:]
+            time.sleep(TURN_S)
+        self._connection = connection.Client(str(address))
+
+    def start(self, module: str, *arguments: object, log: Path, environment: Mapping[str, str]) -> Started:
+        self._connection.send((module, [str(argument) for argument in arguments], str(log), dict(environment)))
+        while True:
+            pid, code = self._connection.recv()
+            if code is None:
+                return Started(self, pid)
+            self._codes[pid] = code
+
+    def code(self, pid: int) -> int | None:
+        while self._connection.poll():
+            ended, code = self._connection.recv()
+            self._codes[ended] = code
+        return self._codes.get(pid)
+
+    def close(self) -> None:
+        self._connection.close()
+        self._process.wait(START_S)
+
+
+def serve(here: connection.Connection) -> tuple[str, list[str], str, dict[str, str]]:
+    """What to run, in a child; the server itself does not return."""
+    alive: set[int] = set()
+    while True:
+        if here.poll(TURN_S):
+            try:
+                wanted: Any = here.recv()
+            except EOFError:  # the test has closed its end
+                os._exit(0)
+            pid = os.fork()
+            if pid == 0:
+                here.close()
+                return wanted
+            alive.add(pid)
+            here.send((pid, None))
+        while alive:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if pid == 0:
+                break
+            alive.remove(pid)
+            here.send((pid, os.waitstatus_to_exitcode(status)))
+
+
+def main(address: str) -> None:
+    importlib.import_module(PRELOADED)
+    with connection.Listener(address) as listener:
+        here = listener.accept()
+    module, arguments, log, environment = serve(here)
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    for number in (1, 2):
+        os.dup2(file, number)
+    os.close(file)
+    os.environ |= environment
+    sys.argv[1:] = arguments
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
