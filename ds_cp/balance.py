@@ -6,21 +6,21 @@ with a free place (Graham's longest-processing-time rule, 1969, with equal count
 the busiest rank swaps chunks with the idlest ones while that helps.
 
 More chunks balance better and cost more kernel calls. Of the m from 1 to 4 that balance, the one whose busiest rank is predicted
-to finish first is taken. One document gives m = 1, and that zigzag.
+to finish first is taken. One document gives m = 1, and that zigzag. Then ranks with many calls swap chunks for others that cost
+about as many pairs: chunks of one document that one rank holds are one call with it, and send it nothing.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from heapq import heappop, heapreplace
 from itertools import accumulate, pairwise
 
-CALL_PAIRS = 2**21
-"""Pairs that take as long as one more kernel call, forward and backward with its merge: on an H200 with
-flash-attn 4 a call adds some 0.2 ms (rows of 131,072 tokens on 8 ranks, 32 query heads of 128; a fit over 64 ranks and rows), and a
-large tile computes 10 million a millisecond; with torch_flash and cuDNN half as many in that time."""
+CALL_PAIRS = 2**20
+"""Pairs that take as long as one more kernel call, forward and backward with its merge: on an H200 with flash-attn 4 a call adds
+0.08 ms and a million pairs take as long (a fit over 8 ranks and four rows of 131,072 tokens in three layouts, 32 heads of 128)."""
 
 MORE_PADDING = 128
 """An m is left out where it pads the row by more than 1 / 128 of its tokens beyond m = 1: every layer computes them."""
@@ -29,6 +29,12 @@ LARGEST_M = 4
 SLACK = 1.01
 """Of the mean: a busiest rank below it is left alone."""
 EXCHANGED_WITH = 3
+EVALUATIONS = 20_000
+"""Chunks that are looked at for swaps that save calls, all candidates together: some 10 ms."""
+SIMILAR = 16
+"""Chunks next in cost that a chunk may be swapped with for it."""
+STILL_BALANCED = 0.98
+"""Mean over busiest rank, in pairs, that such swaps leave; where it is less already they leave it as it is."""
 BALANCED = 0.97
 """Mean over busiest rank, in pairs: an m that stays below it is left out where another reaches it. Pairs are certain, the price of
 a call is of one GPU and one number of heads."""
@@ -116,7 +122,8 @@ def assign(documents: Sequence[int], ring: int, ulysses: int, windows: Sequence[
     found = [cut(pairs, ring, ulysses, m) for m in range(1, largest + 1)]
     found = [one for one in found if one.length <= found[0].length + documents[-1] // MORE_PADDING]
     wanted = min(BALANCED, max(one.even for one in found))
-    return min((one for one in found if one.even >= wanted), key=lambda one: predict(documents, one, len(windows)))
+    best = min((one for one in found if one.even >= wanted), key=lambda one: predict(documents, one, len(windows)))
+    return fewer_calls(padded(documents, best.length), best, len(windows))
 
 
 def cut(pairs: Pairs, ring: int, ulysses: int, m: int) -> Cut:
@@ -174,11 +181,49 @@ def _exchange(chunks: list[list[int]], cost: Sequence[int]) -> None:
 
 def predict(documents: Sequence[int], one: Cut, layers: int) -> int:
     """Pairs of the busiest rank, kernel calls counted as pairs."""
-    owner, work = owners(one.chunks), one.work
-    for number, seen in enumerate(meets(padded(documents, one.length), one.chunk, owner)):
-        others = seen & ~(1 << owner[number])
-        work[owner[number]] += CALL_PAIRS * layers * others.bit_count()
-    return max(work)
+    begins = _begins(padded(documents, one.length), one.chunk, len(one.cost))
+    return max(map(sum, zip(*_loads(begins, one, owners(one.chunks), layers), strict=True)))
+
+
+def _loads(begins: Sequence[int], one: Cut, owner: Sequence[int], layers: int) -> tuple[list[int], list[int]]:
+    """Of each rank: pairs; kernel calls as pairs. `begins` are those of the padded row."""
+    work, calls = [0] * len(one.chunks), [0] * len(one.chunks)
+    for rank, cost, seen in zip(owner, one.cost, _met(begins, owner), strict=True):
+        work[rank] += cost
+        calls[rank] += CALL_PAIRS * layers * (seen & ~(1 << rank)).bit_count()
+    return work, calls
+
+
+def fewer_calls(documents: Sequence[int], one: Cut, layers: int) -> Cut:
+    """Swaps chunks of the rank that is predicted to finish last, the best swap each time, until none brings the last ones down.
+
+    Args:
+        documents: of the padded row.
+    """
+    ascending = sorted(range(len(one.cost)), key=lambda c: (one.cost[c], c))
+    place = {c: i for i, c in enumerate(ascending)}
+    owner, left, begins = owners(one.chunks), EVALUATIONS // len(one.cost), _begins(documents, one.chunk, len(one.cost))
+    work, calls = _loads(begins, one, owner, layers)
+    most = max(max(work), int(sum(work) / len(work) / STILL_BALANCED))
+    while True:
+        ends = [a + b for a, b in zip(work, calls, strict=True)]
+        last, best = ends.index(max(ends)), (sorted(ends, reverse=True), owner, work, calls)
+        for a in (c for c, rank in enumerate(owner) if rank == last):
+            for b in ascending[max(place[a] - SIMILAR, 0) : place[a] + SIMILAR + 1]:
+                more = one.cost[a] - one.cost[b]
+                if owner[b] == last or max(work[last] - more, work[owner[b]] + more) > most:
+                    continue
+                if (left := left - 1) < 0:
+                    break
+                swapped = list(owner)
+                swapped[a], swapped[b] = owner[b], last
+                then = _loads(begins, one, swapped, layers)
+                ends = sorted(map(sum, zip(*then, strict=True)), reverse=True)
+                if ends < best[0]:
+                    best = ends, swapped, *then
+        if best[1] is owner:
+            return replace(one, chunks=tuple(tuple(c for c, rank in enumerate(owner) if rank == r) for r in range(len(one.chunks))))
+        _, owner, work, calls = best
 
 
 def owners(chunks: Sequence[Sequence[int]]) -> list[int]:
@@ -192,12 +237,20 @@ def owners(chunks: Sequence[Sequence[int]]) -> list[int]:
 
 def meets(documents: Sequence[int], chunk: int, owner: Sequence[int]) -> list[int]:
     """For each chunk the ring ranks (as bits) that hold tokens before it of the document that reaches into it."""
+    return _met(_begins(documents, chunk, len(owner)), owner)
+
+
+def _begins(documents: Sequence[int], chunk: int, count: int) -> list[int]:
+    """For each chunk the one in which the document begins that its first token is of."""
+    return [documents[bisect_right(documents, number * chunk) - 1] // chunk for number in range(count)]
+
+
+def _met(begins: Sequence[int], owner: Sequence[int]) -> list[int]:
     found, seen, first = [], 0, 0
-    for number in range(len(owner)):
-        start = documents[bisect_right(documents, number * chunk) - 1]
-        if start == number * chunk:  # nothing reaches into it
+    for number, begun in enumerate(begins):
+        if begun == number:  # nothing reaches into it
             seen, first = 0, number
-        elif start // chunk != first:
+        elif begun != first:
             seen, first = 1 << owner[number - 1], number - 1
         else:
             seen |= 1 << owner[number - 1]

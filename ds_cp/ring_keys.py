@@ -42,33 +42,43 @@ def arriving(k: Tensor, v: Tensor, context: SequenceContext, plan: Plan, lanes: 
         for turn, tile in enumerate(steps[1], start=1):
             yield turn, halo.unbind(1), (tile,)
         return
-    block = torch.stack((k, v))
     if plan.gathered:
-        row = block.new_empty((2, context.layout.length, *block.shape[2:]))
-        if kept is not None:
-            kept.append(row)
-        everyone = comm.Gather(own_slots(block, context), by_slot(row, context), context.mesh.ring)
-        yield 0, block, steps[0]
-        everyone.wait()
-        lanes.order(0, 1)
-        for turn, tile in enumerate(steps[1], start=1):
-            yield turn, row, (tile,)
+        yield from _gathered(torch.stack((k, v)), context, plan, lanes, kept)
         return
-    ring, reach, spare = context.mesh.ring, plan.reach, torch.empty_like(block)
+    ring, reach = context.mesh.ring, plan.reach
+    block: Block = (k.contiguous(), v.contiguous())  # goes out as it is, in two messages; nothing comes in there
+    spare = k.new_empty((2, *k.shape))
     for step, tiles in enumerate(steps):
         here, coming = (ring.rank - step) % ring.size, (ring.rank - 1 - step) % ring.size
-        sent = [(block, (ring.rank + 1) % ring.size)] if step < reach[here] else []
-        received = [(spare, (ring.rank - 1) % ring.size)] if step < reach[coming] else []
+        sent = [(x, (ring.rank + 1) % ring.size) for x in _messages(block, step)] if step < reach[here] else []
+        received = [(x, (ring.rank - 1) % ring.size) for x in _messages(spare, step)] if step < reach[coming] else []
         lanes.order(step, step + 1)  # the block is here also for the other lane, whose last tile has read `spare`
         with lanes.turn(step + 1):
             hop = post(sent, received, context, "key/value")
         yield step, block, tiles
         with lanes.turn(step + 1):
             hop.wait(lanes.others(step + 1))
-        if kept is not None and step and tiles:
+        keep = kept is not None and step > 0 and bool(tiles)
+        if keep:
             kept.append(block)
-            block = torch.empty_like(block) if step < len(steps) - 2 else block
-        block, spare = spare, block
+        more = step < len(steps) - 2
+        block, spare = spare, torch.empty_like(spare) if more and (keep or step == 0) else block
+
+
+def _messages(block: Block, step: int) -> Sequence[Tensor]:
+    return tuple(block) if step == 0 else (block,)
+
+
+def _gathered(block: Tensor, context: SequenceContext, plan: Plan, lanes: Lanes, kept: list[Tensor] | None) -> Blocks:
+    row = block.new_empty((2, context.layout.length, *block.shape[2:]))
+    if kept is not None:
+        kept.append(row)
+    everyone = comm.Gather(own_slots(block, context), by_slot(row, context), context.mesh.ring)
+    yield 0, block, plan.steps[0]
+    everyone.wait()
+    lanes.order(0, 1)
+    for turn, tile in enumerate(plan.steps[1], start=1):
+        yield turn, row, (tile,)
 
 
 def kept_blocks(k: Tensor, v: Tensor, plan: Plan, lanes: Lanes, kept: Sequence[Tensor]) -> Blocks:

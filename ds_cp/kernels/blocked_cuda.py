@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-KEYS = 16
+KEYS, WARPS = 16, 8
 COUNTS = (1, 3, 9)
 NEVER = 1 << 30
 
@@ -84,7 +84,14 @@ def plain_fused(
 
 def _sizes(place_BH: Tensor, elements: int) -> dict[str, int]:
     block, size = place_BH.shape
-    return {"ELEMENTS": elements, "BLOCK": block, "H": size, "BLOCK_H": triton.next_power_of_2(size), "KEYS": KEYS}
+    return {
+        "ELEMENTS": elements,
+        "BLOCK": block,
+        "H": size,
+        "BLOCK_H": triton.next_power_of_2(size),
+        "KEYS": KEYS,
+        "num_warps": WARPS,
+    }
 
 
 def _filled(runs: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:

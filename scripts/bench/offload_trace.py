@@ -86,7 +86,7 @@ def draw(rows: list[dict[str, Any]], png: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    (row,) = (r for r in rows if r.get("copies_ms"))
+    (row,) = (r for r in rows if r["activation_offload"])
     figure, axis = pyplot.subplots(figsize=(11, 2.4))
     for place, kind in enumerate(("kernels", "from host", "to host")):
         spans = [(start, max(end - start, 0.3)) for start, end in row["spans_ms"][kind]]

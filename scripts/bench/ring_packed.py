@@ -1,7 +1,7 @@
 """Rows of several documents in scripts/bench/attention.py: every rank of a ring, one after another, and rows that are new.
 
 Three kinds of rows, as in balance.py. A rank's time is that of its steps on one row after another, each with documents of its own,
-the host running ahead; the whole row is the varlen kernel's on the same rows.
+the host running ahead; the whole row is the varlen kernel's on the same rows, timed again after every rank: clocks change.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import ring_wire
 from ring_rank import Row, alone, axis, causal, inputs, milliseconds, now, ours, resolve, ring_context, synchronized
 from ring_report import Book
 
-PASSES = 3  # over the rows, after one that warms up
+PASSES = 5  # over the rows, after one that warms up
 
 
 def row_of_documents(kind: str, tokens: int, seed: int) -> list[int]:
@@ -43,49 +43,51 @@ def packed(book: Book, args: argparse.Namespace) -> None:
         rows = [row_of_documents(kind, args.packed_tokens, seed) for seed in range(args.rows)]
         documents = f"{kind}, {len(rows)} rows of {min(map(len, rows)) - 1} to {max(map(len, rows)) - 1}"
         head: Row = {"tokens": args.packed_tokens, "ring": args.packed_ring, "documents": documents, "kernel": name}
-        whole = book.row("packed", head | {"contender": "whole row / R"}, whole_rows, args, name, rows)
+        book.row("packed", head | {"contender": "whole row / R"}, whole_rows, args, name, rows)
         for impl, layout in itertools.product(args.impls, args.packed_layouts):
             row = head | {"contender": f"ring {impl}, {layout}"}
-            book.row("packed", row, every_rank, args, name, impl, layout, rows, places, whole.get("rows_ms"))
+            book.row("packed", row, every_rank, args, name, impl, layout, rows, places)
     plans_last = sorted(args.kernels, key=lambda name: name == "torch_cudnn")  # whose plans `auto` would find
     for name, impl in itertools.product(plans_last, args.impls if args.novelty else ()):
         head = {"tokens": args.packed_tokens, "ring": args.packed_ring, "documents": f"{args.rows} rows", "kernel": name}
         book.row("packed", head | {"contender": f"ring {impl}, auto"}, novelty, args, name, impl, places[-1])
 
 
-def one_after_another(args: argparse.Namespace, steps: Sequence[Callable[[], Any]]) -> list[float]:
-    """Milliseconds of each step: the median of PASSES over all of them."""
+def one_after_another(args: argparse.Namespace, steps: Sequence[Callable[[], Any]], passes: int = PASSES) -> list[float]:
+    """Milliseconds of each step: the median of so many passes over all of them."""
     for step in steps:
         step()
     synchronized(args.device)
     marks = []
-    for _ in range(PASSES):
+    for _ in range(passes):
         marks.append([now(args.device)])
         for step in steps:
             step()
             marks[-1].append(now(args.device))
     synchronized(args.device)
-    passes = [[milliseconds(a, b) for a, b in itertools.pairwise(line)] for line in marks]
-    return [statistics.median(times) for times in zip(*passes, strict=True)]
+    found = [[milliseconds(a, b) for a, b in itertools.pairwise(line)] for line in marks]
+    return [statistics.median(times) for times in zip(*found, strict=True)]
 
 
 def whole_rows(args: argparse.Namespace, name: str, rows: list[list[int]]) -> Row:
+    times = one_after_another(args, whole_steps(args, name, rows))
+    return {"calls": 1, "mean_ms": statistics.mean(times) / args.packed_ring}
+
+
+def whole_steps(args: argparse.Namespace, name: str, rows: list[list[int]]) -> list[Callable[[], Any]]:
     kernel, tensors = resolve(name, args), inputs(args, args.packed_tokens, args.heads, args.size)
 
     def step(documents: list[int]) -> Callable[[], Any]:
         forward, backward = alone(kernel, causal(args, documents), tensors)
         return lambda: backward(forward())
 
-    times = [ms / args.packed_ring for ms in one_after_another(args, [step(documents) for documents in rows])]
-    return {"calls": 1, "mean_ms": statistics.mean(times), "rows_ms": times}
+    return [step(documents) for documents in rows]
 
 
-def every_rank(
-    args: argparse.Namespace, name: str, impl: str, layout: str, rows: list[list[int]], places: list[Any], whole: list[float] | None
-) -> Row:
+def every_rank(args: argparse.Namespace, name: str, impl: str, layout: str, rows: list[list[int]], places: list[Any]) -> Row:
     """busiest_ms and mean_ms: of the ranks, the mean of all rows. busiest/mean and busiest/whole: of these; "worst": of any row."""
-    kernel, calls = resolve(name, args), []
-    by_rank = []
+    kernel, calls, by_rank, by_turn = resolve(name, args), [], [], []
+    whole = whole_steps(args, name, rows)
     for place in places:
         contexts = [ring_context(args, kernel, documents, place, impl, layout) for documents in rows]
         calls += [sum(map(len, context.plans[None].steps)) for context in contexts]
@@ -97,14 +99,15 @@ def every_rank(
             return lambda: backward(forward())
 
         by_rank.append(one_after_another(args, [step(context) for context in contexts]))
+        by_turn.append(one_after_another(args, whole, passes=1))
     busiest, mean = [max(times) for times in zip(*by_rank, strict=True)], [statistics.mean(x) for x in zip(*by_rank, strict=True)]
-    row: Row = {"busiest_ms": statistics.mean(busiest), "mean_ms": statistics.mean(mean), "calls": max(calls), "all_ranks": by_rank}
+    share = [statistics.median(times) / args.packed_ring for times in zip(*by_turn, strict=True)]
+    row: Row = {"busiest_ms": statistics.mean(busiest), "mean_ms": statistics.mean(mean), "calls": max(calls)}
     row["busiest/mean"] = row["busiest_ms"] / row["mean_ms"]
     row["worst/mean"] = max(a / b for a, b in zip(busiest, mean, strict=True))
-    if whole:
-        row["busiest/whole"] = row["busiest_ms"] / statistics.mean(whole)
-        row["worst/whole"] = max(a / b for a, b in zip(busiest, whole, strict=True))
-    return row
+    row["busiest/whole"] = row["busiest_ms"] / statistics.mean(share)
+    row["worst/whole"] = max(a / b for a, b in zip(busiest, share, strict=True))
+    return row | {"all_ranks": by_rank, "whole_ms": share}
 
 
 def novelty(args: argparse.Namespace, name: str, impl: str, place: Any) -> Row:

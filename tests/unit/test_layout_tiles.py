@@ -33,6 +33,8 @@ def rows(draw: st.DrawFn, rings: Sequence[int] = range(1, 9)) -> tuple[Layout, t
     name, ring, ulysses = draw(st.sampled_from(NAMES)), draw(st.sampled_from(rings)), draw(st.integers(1, 4))
     if name == "balanced" and ring > 1:  # rows this short would always get m = 1
         found = balance.cut(balance.Pairs(documents), ring, ulysses, draw(st.integers(1, balance.LARGEST_M)))
+        if draw(st.booleans()):
+            found = balance.fewer_calls(balance.padded(documents, found.length), found, 1)
         plan = Layout(found.chunk, found.chunks, ulysses)
     else:
         plan = layouts.build(name, tokens, ring, ulysses, documents)
@@ -395,6 +397,25 @@ def test_balanced_gives_every_rank_the_same_work(ring: int, name: str) -> None:
 
 def test_chunks_are_swapped_where_the_longest_first_rule_ends_uneven() -> None:
     assert balance.longest_first([7, 6, 4, 9, 8, 8], 2) == [(0, 1, 5), (2, 3, 4)]  # 21 and 21; the rule alone gives 22 and 20
+
+
+@pytest.mark.parametrize("ring", [4, 8, 16])
+def test_swaps_of_similar_chunks_save_calls_and_stay_balanced(ring: int) -> None:
+    lengths = [*DISTRIBUTIONS["log-normal"], *[1777] * 11]
+    documents = (0, *torch.tensor(lengths).cumsum(0).tolist())
+    plain = balance.cut(balance.Pairs(documents), ring, 1, 3)
+    bounds = balance.padded(documents, plain.length)
+    found = balance.fewer_calls(bounds, plain, 1)
+
+    def calls(one: balance.Cut) -> list[int]:
+        plan = Layout(one.chunk, one.chunks, 1)
+        return [sum(map(len, tiles.plan(plan, rank, bounds).steps)) for rank in range(ring)]
+
+    assert sorted(c for mine in found.chunks for c in mine) == list(range(6 * ring))
+    assert {len(mine) for mine in found.chunks} == {6}
+    assert found.even >= min(plain.even, balance.STILL_BALANCED)
+    assert balance.predict(documents, found, 1) < balance.predict(documents, plain, 1)
+    assert sum(calls(found)) < sum(calls(plain))
 
 
 @given(ring=st.integers(2, 16), chunk=st.integers(1, 4), ulysses=st.integers(1, 4))
