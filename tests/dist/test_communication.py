@@ -9,13 +9,16 @@ from tests.dist import jobs
 
 @pytest.mark.parametrize("ring", [2, 4])
 def test_hops_are_posted_before_the_compute_of_their_step(pool, ring: int) -> None:
-    """(k, v) for the next step before this step's tiles; (dk, dv) after them, and once more to bring them home."""
+    """(k, v) for the next step before this step's tiles; (dk, dv) after them, and once more to bring them home.
+
+    The own k and v are sent as they are, each by itself, so their hop is two.
+    """
     for rank, found in enumerate(pool(ring).run(jobs.trace_of_a_ring, ulysses=1, ring=ring)):
         forward = ["hop", "forward"] * (ring - 1) + ["forward"]
         backward = ["hop", "backward", "hop"] * (ring - 1) + ["backward", "hop"]
         if ring == 2:  # the sum of the even steps, here the own one, is at home already
             backward = ["hop", "backward", "backward", "hop"]
-        assert found == forward + backward, rank
+        assert found == ["hop", *forward, "hop", *backward], rank
 
 
 @pytest.mark.parametrize(("ulysses", "kv_heads", "kv_sent"), [(2, 4, 4), (4, 4, 4), (4, 2, 4), (4, 1, 4)])
