@@ -46,27 +46,24 @@ def arriving(k: Tensor, v: Tensor, context: SequenceContext, plan: Plan, lanes: 
         yield from _gathered(torch.stack((k, v)), context, plan, lanes, kept)
         return
     ring, reach = context.mesh.ring, plan.reach
-    block: Block = (k.contiguous(), v.contiguous())  # goes out as it is, in two messages; nothing comes in there
-    spare = k.new_empty((2, *k.shape))
+    own = (k.contiguous(), v.contiguous())  # goes out as it is, in two messages; nothing comes in there
+    held = spare = k.new_empty((2, *k.shape))
     for step, tiles in enumerate(steps):
         here, coming = (ring.rank - step) % ring.size, (ring.rank - 1 - step) % ring.size
-        sent = [(x, (ring.rank + 1) % ring.size) for x in _messages(block, step)] if step < reach[here] else []
-        received = [(x, (ring.rank - 1) % ring.size) for x in _messages(spare, step)] if step < reach[coming] else []
+        out, into = (own, spare.unbind()) if step == 0 else ((held,), (spare,))
+        sent = [(x, (ring.rank + 1) % ring.size) for x in out] if step < reach[here] else []
+        received = [(x, (ring.rank - 1) % ring.size) for x in into] if step < reach[coming] else []
         lanes.order(step, step + 1)  # the block is here also for the other lane, whose last tile has read `spare`
         with lanes.turn(step + 1):
             hop = post(sent, received, context, "key/value")
-        yield step, block, tiles
+        yield step, held if step else own, tiles
         with lanes.turn(step + 1):
             hop.wait(lanes.others(step + 1))
-        keep = kept is not None and step > 0 and bool(tiles)
-        if keep:
-            kept.append(block)
-        more = step < len(steps) - 2
-        block, spare = spare, torch.empty_like(spare) if more and (keep or step == 0) else block
-
-
-def _messages(block: Block, step: int) -> Sequence[Tensor]:
-    return tuple(block) if step == 0 else (block,)
+        free = step > 0
+        if kept is not None and step and tiles:
+            kept.append(held)
+            free = False
+        held, spare = spare, held if free or step >= len(steps) - 2 else torch.empty_like(spare)
 
 
 def _gathered(block: Tensor, context: SequenceContext, plan: Plan, lanes: Lanes, kept: list[Tensor] | None) -> Blocks:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import subprocess
 import sys
@@ -10,28 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from ds_cp import comm
-
 BENCH = Path(__file__).parents[2] / "scripts" / "bench"
 RUNS = {
     "one_rank": ["one_rank.py", "--settings", "2x4", "--alst", "--steps", "1"],
     "memory": ["memory.py", "--contenders", "ds_cp ring", "--first", "64", "--precision", "inf", "--layers", "1"],
 }
-
-
-@pytest.mark.parametrize("name", ["Hop.__init__", "Hop.wait", "Gather.__init__", "Gather.wait", "reduce_scatter"])
-def test_what_stands_in_for_communication_takes_what_it_takes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(BENCH)
-    import ring_wire
-
-    def parameters(module: object) -> list[str]:
-        found: object = module
-        for part in name.split("."):
-            found = getattr(found, part)
-        assert callable(found)
-        return list(inspect.signature(found).parameters)
-
-    assert parameters(ring_wire) == parameters(comm)
 
 
 @pytest.mark.parametrize("name", RUNS)

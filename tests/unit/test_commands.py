@@ -118,7 +118,7 @@ RULES: dict[str, Here | Script | Run | Not] = {
     r"python scripts/bench/(one_rank|memory)\.py (?!--loss)": Run(
         "tests/e2e/test_benchmarks.py::test_a_benchmark_of_one_rank_runs", how="--tiny, on CPU"
     ),
-    r"python scripts/bench/(liger|memory|real_ranks)\.py": GPU,
+    r"python scripts/bench/(liger|memory|real_ranks|offload_trace)\.py": GPU,
     r"python -m pytest tests/gpu": GPU,
     r"python scripts/bench/planning\.py": Script(("--tokens", "4096", "--documents", "16", "--ring", "4", "--runs", "1")),
     r"python scripts/bench/balance\.py": Script(("--out", "balance.json")),
