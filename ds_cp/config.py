@@ -163,6 +163,15 @@ def parse(source: str | os.PathLike[str] | Mapping[str, Any]) -> Config:
         raise ValueError(_explain(error)) from None
 
 
+def idle(block: Config) -> str | None:
+    """One sentence about what a block of size 1 sets for nothing; None where it sets nothing."""
+    keys = sorted(block.model_fields_set - {"size", "ulysses_size", "ring_size"})
+    if block.size != 1 or not keys:
+        return None
+    does = "do" if len(keys) > 1 else "does"
+    return f"{BLOCK}.size is 1, which is off, so {', '.join(keys)} {does} nothing; set size to 2 or more"
+
+
 def _parse_json(text: str, name: str) -> dict[str, Any]:
     import hjson  # DeepSpeed's own parser: a file that it accepts with comments is accepted here too
 

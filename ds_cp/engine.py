@@ -70,6 +70,7 @@ def initialize(
     }
     given |= {} if distributed_port is None else {"distributed_port": distributed_port}
     if block.size == 1:
+        launch.say_off(block)
         data = {"training_data": training_data, "collate_fn": collate_fn}
         return deepspeed.initialize(**given, **data, mpu=mpu, config=ds_config, mesh_param=mesh_param)
     if mpu is not None or mesh_param is not None:

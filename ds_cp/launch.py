@@ -48,6 +48,13 @@ def init_distributed(timeout_s: float | None = None) -> None:
     preflight.check_world_size()
 
 
+def say_off(block: Config) -> None:
+    """What a block of size 1 sets for nothing, once for the job."""
+    told = config.idle(block)
+    if told is not None and os.environ.get("RANK", "0") == "0":
+        print(f"ds_cp: {told}", flush=True)
+
+
 def read(source: str | os.PathLike[str] | Mapping[str, Any], within_s: float | None = None) -> tuple[dict[str, Any], Config]:
     """The ds_config and its block. The ranks of a job meet first: what one cannot read, or reads otherwise, ends all of them.
 

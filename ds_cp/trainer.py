@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer as HfTrainer
 from transformers import TrainingArguments
 
-from ds_cp import agreement, comm, config, engine, factor, meter, preflight, trl_trainers
+from ds_cp import agreement, comm, config, engine, factor, launch, meter, preflight, trl_trainers
 from ds_cp.batch import DOCUMENT_KEYS, count_targets
 from ds_cp.deal import Passes
 from ds_cp.mesh import Mesh
@@ -50,6 +50,7 @@ class TrainerMixin(trl_trainers.Rows, Reliable):
         block = config.parse(ds_config)
         _settle_auto(ds_config, self.accelerator.num_processes)
         if block.size == 1:
+            launch.say_off(block)
             return
         _check_launch(self.accelerator.num_processes)
         _check_arguments(self)

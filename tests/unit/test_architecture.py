@@ -130,7 +130,7 @@ BEYOND = _table(
         "engine": "token_values watch launch agreement meter profiling",
         "launch": "config agreement",  # a config that one rank cannot read, or reads otherwise, ends all of them
         # reads the block, counts targets and verifies the factor as engine does; stopping and saving
-        "trainer": "batch comm config factor mesh deal reliable agreement preflight trl_trainers meter",
+        "trainer": "batch comm config factor mesh deal reliable agreement launch preflight trl_trainers meter",
         "trl_trainers": "token_values",  # what TRL reads of a model
         "planner": "balance",  # the busiest rank's pairs of packed rows
         # names of layouts; what `check` resolves; what `selftest` runs; a model's counts

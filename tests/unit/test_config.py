@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from ds_cp import config, layout
+from ds_cp import config, launch, layout
 from ds_cp.config import Config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -307,3 +307,24 @@ def test_a_key_that_stands_twice_is_refused(tmp_path: Any) -> None:
 def test_a_switch_takes_true_and_false_alone(field: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"sequence_parallel.{field}: got"):
         config.parse({"sequence_parallel": {field: value}})
+
+
+@pytest.mark.parametrize(
+    ("block", "told"),
+    [
+        ({}, None),
+        ({"size": 1, "ring_size": 1}, None),
+        ({"size": 2, "loss_chunk": 512}, None),
+        ({"size": 1, "loss_chunk": 512}, r"size is 1, which is off, so loss_chunk does nothing; set size to 2 or more"),
+        ({"tiled_mlp": True, "profile": True}, r"so profile, tiled_mlp do nothing"),
+    ],
+)
+def test_what_a_block_that_is_off_sets_for_nothing_is_said(
+    block: dict[str, Any], told: str | None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launch.say_off(parse(**block))
+    said = capsys.readouterr().out
+    assert said == "" if told is None else told in said
+    monkeypatch.setenv("RANK", "1")
+    launch.say_off(parse(**block))
+    assert capsys.readouterr().out == ""
