@@ -18,6 +18,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 if sys.prefix != sys.base_prefix:  # DeepSpeed's op is built again whenever PATH leads to another ninja: always the venv's
     os.environ["PATH"] = f"{sys.prefix}/bin{os.pathsep}{os.environ['PATH']}"
 
+WAITING = ("hosts", "faults", "e2e")
+"""Folders of tests that wait for processes more than they compute: they begin first, so that others always run beside them."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    folders = {name: i for i, name in enumerate(WAITING)}
+    items.sort(key=lambda item: folders.get(item.path.relative_to(ROOT / "tests").parts[0], len(folders)))
+
 
 @pytest.fixture(scope="session")
 def built_extension() -> None:

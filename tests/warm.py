@@ -78,7 +78,7 @@ class Warm:
         while self._connection.poll():
             ended, code = self._connection.recv()
             self._codes[ended] = code
-        return self._codes.get(pid)
+        return self._codes.pop(pid, None)  # its number may be given again
 
     def close(self) -> None:
         self._connection.close()

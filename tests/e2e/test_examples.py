@@ -27,7 +27,7 @@ from tests.ports import free_port
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "scripts" / "examples"
 SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py"))
-TIMEOUT_S = 300
+TIMEOUT_S = 600
 STEPS = 20
 TOLERANCE = 1e-4
 CLOCKS = ("runtime", "per_second", "step_time", "total_flos")

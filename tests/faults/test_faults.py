@@ -47,11 +47,13 @@ def run(warm: Warm, folder: Path, what: str, ranks: int = 2) -> Ended:
     for rank, log in enumerate(files):
         environment = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
         processes.append(warm.start("tests.faults.job", folder, what, log=log, environment=environment))
-    seconds = survivors_end(processes[:1] if what == "stop" else processes, files)  # what is stopped does not end
-    for process in processes:
-        if process.poll() is None:
-            process.kill()
-            process.wait(30)
+    try:
+        seconds = survivors_end(processes[:1] if what == "stop" else processes, files)  # what is stopped does not end
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+                process.wait(30)
     return Ended([process.returncode for process in processes], [file.read_text() for file in files], seconds)
 
 
@@ -59,7 +61,7 @@ def survivors_end(processes: list[Started], files: list[Path]) -> float:
     """Seconds from the last loss that was printed until rank 0 has ended."""
     start, last, seen = time.monotonic(), time.monotonic(), ""
     while processes[0].poll() is None:
-        text = files[0].read_text()
+        text = files[0].read_text(errors="replace")  # what is being written may end within a character
         if text.count("loss ") != seen.count("loss "):
             last = time.monotonic()
         seen = text

@@ -69,7 +69,7 @@ def run_parity(hosts: Hosts, launcher: str, out: Path) -> dict:
 
 @pytest.mark.parametrize(
     ("hosts", "launcher"),
-    [((2, 2), "pdsh"), ((2, 2), "openmpi"), ((2, 2), "mpirun"), ((4, 1), "openmpi")],
+    [((2, 2), "pdsh"), ((2, 2), "mpirun"), ((4, 1), "openmpi")],
     ids=lambda value: value if isinstance(value, str) else "{} hosts x {}".format(*value),
     indirect=["hosts"],
 )
@@ -96,7 +96,7 @@ class Job:
         ]
 
     def says(self, rank: int) -> str:
-        return self._logs[rank].read_text()
+        return self._logs[rank].read_text(errors="replace")  # what is being written may end within a character
 
     def losses(self) -> dict[str, str]:
         return dict(re.findall(r"^loss (\d+) ([\d.]+)$", self.says(0), re.MULTILINE))
