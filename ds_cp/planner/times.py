@@ -34,8 +34,8 @@ OPTIMIZER_BYTES = 260.0
 """Moved by AdamW for each parameter (fitted to torch's foreach form)."""
 STEP_S, LAUNCH_S = 40e-6, 150e-6
 """A ring's step costs so much beside its kernels, and is no shorter than its launches, in one direction."""
-DELTA_S = (3.0e-9, 8.5e-9)
-"""Of a Gated DeltaNet layer, a token and a value head of 128: forward and backward (one H200)."""
+DELTA_S = (3.6e-9, 9.7e-9)
+"""Of a Gated DeltaNet layer, a token and a value head of 128: forward and backward (one H200, heads over 2 and 4 ranks)."""
 WHOLE_LOGITS = 1.12
 """Time of whole logits over that of tiles."""
 

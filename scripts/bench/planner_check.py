@@ -10,83 +10,22 @@ planner_memory.py left. The planner's test computes the same rows and holds them
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a plain checkout needs no installation
+from planner_points import DATA, LLAMA_8B, MEMORY_BAR, MIB, TIME_BAR, TRAFFIC_BAR, Point, describe, device, llama, read
 
 from ds_cp.planner import machine as machines
 from ds_cp.planner import memory, search, times, traffic
 from ds_cp.planner.choice import Choice
 from ds_cp.planner.machine import GIB, Link, Machine
-from ds_cp.planner.shape import Shape
+from ds_cp.planner.shape import Linear, Shape
 from ds_cp.topology import Topology
 
-DATA = Path(__file__).resolve().parents[2] / "docs" / "data"
-MEMORY_BAR, TIME_BAR, TRAFFIC_BAR = 0.10, 0.25, 0.10
-LLAMA_8B = (4096, 14336, 128256, 32, 8, 128)
-MIB = 2**20
 REFERENCE_DELTA = "a CPU runs the reference DeltaNet kernel, in fp32; a GPU's takes other memory, of which no step was measured"
 MARK = "<!-- what follows is written by scripts/bench/planner_check.py -->"
-
-
-@dataclass(frozen=True)
-class Point:
-    """One comparison. `beyond`: why it is not held to the bar."""
-
-    section: str
-    file: str
-    what: str
-    predicted: float
-    measured: float
-    unit: str
-    bar: float
-    beyond: str = ""
-    state: float = 0.0
-    """Measured between steps, where it was; the rest is what a step adds."""
-
-    @property
-    def error(self) -> float:
-        return self.predicted / self.measured - 1
-
-    @property
-    def of_the_step(self) -> float | None:
-        """The same error over what a step adds to the state."""
-        return (self.predicted - self.measured) / (self.measured - self.state) if self.state else None
-
-
-def llama(hidden: int, inner: int, vocabulary: int, heads: int, kv_heads: int, size: int, layers: int) -> Shape:
-    mixers = 2 * hidden * (heads + kv_heads) * size
-    mlp, table = 3 * hidden * inner, vocabulary * hidden
-    return Shape(
-        name="llama",
-        hidden=hidden,
-        layers=layers,
-        vocabulary=vocabulary,
-        heads=((heads, kv_heads),),
-        head_size=size,
-        windows=(None,) * layers,
-        parameters=layers * (mixers + mlp + 2 * hidden) + 2 * table + hidden,
-        embedding=table,
-        head=table,
-        mlp=layers * mlp,
-        mixers=layers * mixers,
-        matrix=max(hidden * inner, hidden * heads * size),
-    )
-
-
-def read(name: str) -> dict[str, Any]:
-    path = DATA / name
-    return json.loads(path.read_text()) if path.is_file() else {"machine": {}, "rows": []}
-
-
-def device(name: str, gpus: int) -> Machine:
-    kind = "h200" if "H200" in name else "h100"
-    return machines.build(gpus, gpus, kind, 0, "nvlink", "infiniband-400g", 2000)
 
 
 # Memory
@@ -246,9 +185,12 @@ def real_choice(row: dict[str, Any]) -> Choice:
 
 def time_points() -> Iterator[Point]:
     yield from _one_rank_time()
+    yield from _offload_time()
     yield from _real_ranks_time()
     yield from _longest_time()
     yield from _ring_time()
+    yield from _loss_time()
+    yield from _delta_time()
     yield from _link()
 
 
@@ -261,6 +203,20 @@ def _one_rank_time() -> Iterator[Point]:
             seconds = sum(found.compute.values())  # there is no network in it
             what = f"{row['local_tokens']:,} tokens, {describe(choice)}"
             yield Point("time, a whole step", name, what, seconds, row["seconds"], "s", TIME_BAR)
+
+
+def _offload_time() -> Iterator[Point]:
+    found = read("h200_offload_trace.json")
+    for row in found["rows"]:
+        degrees, offload = Topology(8, 1, 1), row["activation_offload"]
+        shape, choice = (
+            llama(*LLAMA_8B, row["layers"]),
+            Choice(degrees, 3, activation_offload=offload, head_chunks=4 if offload else 1),
+        )
+        expected = _times(shape, choice, device("NVIDIA H200", 8), row["local_tokens"])
+        seconds = sum(expected.compute.values()) + expected.waits["host copies"]
+        what = f"{row['local_tokens']:,} tokens, {row['layers']} layers, {describe(choice)}"
+        yield Point("time, a whole step", "h200_offload_trace.json", what, seconds, row["seconds"], "s", TIME_BAR)
 
 
 def _times(shape: Shape, choice: Choice, where: Machine, tokens: int) -> times.Times:
@@ -313,6 +269,38 @@ def _ring_time() -> Iterator[Point]:
             yield Point("time, attention of a layer", name, what, milliseconds, row["total_ms"], "ms", TIME_BAR, beyond)
 
 
+def _loss_time() -> Iterator[Point]:
+    """The head and the loss, forward and backward; `whole logits` is HF's own."""
+    for name in ("h200_loss.json", "h100_loss.json"):
+        found = read(name)
+        for row in found["rows"]:
+            if row["contender"] in ("whole logits", "ds_cp, loss_chunk auto"):
+                choice = Choice(Topology(8, 1, 1), 3, tiled_loss=row["contender"] != "whole logits")
+                expected = _times(llama(*LLAMA_8B, 1), choice, device(found["machine"]["device"], 8), row["tokens"])
+                what = f"{row['tokens']:,} tokens, vocabulary {row['vocabulary']:,}, {row['contender']}"
+                yield Point("time, head and loss", name, what, expected.compute["head and loss"], row["seconds"], "s", TIME_BAR)
+
+
+def _delta_time() -> Iterator[Point]:
+    """A Gated DeltaNet layer's recurrence and convolution, forward and backward, whole or by heads."""
+    for name in ("h200_delta_heads.json", "h100_delta_heads.json"):
+        found = read(name)
+        given = found["machine"]["arguments"]
+        layer = Linear(given["heads"][1], given["heads"][0], given["size"], given["size"])
+        for row in found["rows"]:
+            if row["contender"] not in ("whole", "heads"):
+                continue
+            shape, choice = (
+                replace(llama(*LLAMA_8B, 1), linear=(layer,)),
+                Choice(Topology(row["ranks"], 1, 1), 3, checkpointing=False),
+            )
+            expected = _times(shape, choice, device(found["machine"]["gpu"], 8), given["tokens"] // row["ranks"])
+            what = f"{given['tokens']:,} tokens, {given['heads'][1]} value heads over {row['ranks']}"
+            beyond = "two heads of the row a rank: launches of the host" if row["ranks"] == 16 else ""
+            milliseconds = 1e3 * expected.compute["DeltaNet"]
+            yield Point("time, a DeltaNet layer", name, what, milliseconds, row["total_ms"], "ms", TIME_BAR, beyond)
+
+
 LINK = {"ulysses 4": (4, 1), "ulysses 2 x ring 2": (2, 2), "ring 4": (1, 4)}
 
 
@@ -333,18 +321,6 @@ def _link() -> Iterator[Point]:
         predicted = rows["1gbit"]["seconds"] + more
         what = f"{name}, 100 Mbit/s from the step at 1 Gbit/s"
         yield Point("time, shaped link", "link.json", what, predicted, rows["100mbit"]["seconds"], "s", TIME_BAR)
-
-
-def describe(choice: Choice) -> str:
-    degrees = choice.degrees
-    words = [f"{degrees.ulysses} x {degrees.ring}", f"ZeRO {choice.stage}"]
-    words += ["optimizer on the host"] * (choice.offload_optimizer and not choice.offload_parameters)
-    words += ["optimizer and parameters on the host"] * choice.offload_parameters
-    words += ["no checkpointing"] * (not choice.checkpointing)
-    words += ["whole logits"] * (not choice.tiled_loss)
-    words += ["tiled_mlp"] * choice.tiled_mlp + ["activation_offload"] * choice.activation_offload
-    words += [f"head chunks {choice.head_chunks}"] * (choice.head_chunks > 1)
-    return ", ".join(words)
 
 
 def points() -> list[Point]:
