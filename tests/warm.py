@@ -67,6 +67,7 @@ class Warm:
         self._connection = connection.Client(str(address))
 
     def start(self, module: str, *arguments: object, log: Path, environment: Mapping[str, str]) -> Started:
+        log.touch()  # who reads it need not wait for the child
         self._connection.send((module, [str(argument) for argument in arguments], str(log), dict(environment)))
         while True:
             pid, code = self._connection.recv()
