@@ -7,7 +7,7 @@ the busiest rank swaps chunks with the idlest ones while that helps.
 
 More chunks balance better and cost more kernel calls. Of the m from 1 to 4 that balance, the one whose busiest rank is predicted
 to finish first is taken. One document gives m = 1, and that zigzag. Then ranks with many calls swap chunks for others that cost
-about as many pairs: chunks of one document that one rank holds are one call with it, and send it nothing.
+about as many pairs: chunks of one document that one rank holds need no call between them.
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ def predict(documents: Sequence[int], one: Cut, layers: int) -> int:
 
 
 def _loads(begins: Sequence[int], one: Cut, owner: Sequence[int], layers: int) -> tuple[list[int], list[int]]:
-    """Of each rank: pairs; kernel calls as pairs. `begins` are those of the padded row."""
+    """Of each rank: pairs; kernel calls as pairs, an estimate: neighbours may become one. `begins` are those of the padded row."""
     work, calls = [0] * len(one.chunks), [0] * len(one.chunks)
     for rank, cost, seen in zip(owner, one.cost, _met(begins, owner), strict=True):
         work[rank] += cost
@@ -197,14 +197,19 @@ def _loads(begins: Sequence[int], one: Cut, owner: Sequence[int], layers: int) -
 def fewer_calls(documents: Sequence[int], one: Cut, layers: int) -> Cut:
     """Swaps chunks of the rank that is predicted to finish last, the best swap each time, until none brings the last ones down.
 
+    No swap makes blocks travel further. A row of so many chunks that one rank's swaps cannot all be looked at is left as it is.
+
     Args:
         documents: of the padded row.
     """
+    ring, left = len(one.chunks), EVALUATIONS // len(one.cost)
+    if left < 2 * SIMILAR * len(one.chunks[0]):
+        return one
     ascending = sorted(range(len(one.cost)), key=lambda c: (one.cost[c], c))
     place = {c: i for i, c in enumerate(ascending)}
-    owner, left, begins = owners(one.chunks), EVALUATIONS // len(one.cost), _begins(documents, one.chunk, len(one.cost))
+    owner, begins = owners(one.chunks), _begins(documents, one.chunk, len(one.cost))
     work, calls = _loads(begins, one, owner, layers)
-    most = max(max(work), int(sum(work) / len(work) / STILL_BALANCED))
+    most, furthest = max(max(work), int(sum(work) / ring / STILL_BALANCED)), sum(hops(_met(begins, owner), owner, ring))
     while True:
         ends = [a + b for a, b in zip(work, calls, strict=True)]
         last, best = ends.index(max(ends)), (sorted(ends, reverse=True), owner, work, calls)
@@ -219,11 +224,19 @@ def fewer_calls(documents: Sequence[int], one: Cut, layers: int) -> Cut:
                 swapped[a], swapped[b] = owner[b], last
                 then = _loads(begins, one, swapped, layers)
                 ends = sorted(map(sum, zip(*then, strict=True)), reverse=True)
-                if ends < best[0]:
+                if ends < best[0] and sum(hops(_met(begins, swapped), swapped, ring)) <= furthest:
                     best = ends, swapped, *then
         if best[1] is owner:
-            return replace(one, chunks=tuple(tuple(c for c, rank in enumerate(owner) if rank == r) for r in range(len(one.chunks))))
+            return replace(one, chunks=tuple(tuple(c for c, rank in enumerate(owner) if rank == r) for r in range(ring)))
         _, owner, work, calls = best
+
+
+def hops(met: Sequence[int], owner: Sequence[int], ring: int) -> tuple[int, ...]:
+    """Of each rank: hops that its block makes until no later rank needs it. `met` is that of `meets`."""
+    needed = [0] * ring
+    for rank, seen in zip(owner, met, strict=True):
+        needed[rank] |= seen
+    return tuple(max((s for s in range(1, ring) if needed[(r + s) % ring] >> r & 1), default=0) for r in range(ring))
 
 
 def owners(chunks: Sequence[Sequence[int]]) -> list[int]:

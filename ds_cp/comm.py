@@ -144,10 +144,9 @@ class Hop:
     ) -> None:
         assert all(x.is_contiguous() for x, _ in (*sent, *received))
         ranks, mine, group = axis.ranks, axis.ranks[axis.rank], axis.group
-        self._what = "; ".join(
-            [f"{what} hop from rank {ranks[peer]} to rank {mine}" for _, peer in received]
-            or [f"{what} hop from rank {mine} to rank {ranks[peer]}" for _, peer in sent]
-        )
+        ways = [f"{what} hop from rank {ranks[peer]} to rank {mine}" for _, peer in received]
+        ways = ways or [f"{what} hop from rank {mine} to rank {ranks[peer]}" for _, peer in sent]
+        self._what = "; ".join(dict.fromkeys(ways))
         self._kind, self._waits = what, axis.waits
         self._sent = sent  # kept alive until the work is done
         sends = [dist.P2POp(dist.isend, x, ranks[peer], group) for x, peer in sent]

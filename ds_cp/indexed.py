@@ -18,9 +18,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
@@ -31,6 +31,9 @@ from ds_cp.attention import heads_for_tokens, tokens_for_heads
 from ds_cp.batch import SequenceContext
 from ds_cp.layout import Range
 from ds_cp.topology import split_heads
+
+if TYPE_CHECKING:
+    from ds_cp.mesh import AxisGroup
 
 TILE_SCORES = 2**27
 """Scores of a tile of queries: half a GiB of fp32, or a mask of an eighth."""
@@ -68,7 +71,7 @@ def tiles_of(queries: int, scores: int) -> list[Range]:
     return [(start, min(start + size, queries)) for start in range(0, queries, size)]
 
 
-def in_order(x: Tensor, spans: Sequence[Sequence[Range]], group: dist.ProcessGroup | None) -> Tensor:
+def in_order(x: Tensor, spans: Sequence[Sequence[Range]], axis: AxisGroup) -> Tensor:
     """[S, ...] in the order of the row from every rank's [T, ...], whose ranges of the row are `spans`; its gradient goes back.
 
     Every rank of the group must call it.
@@ -78,7 +81,7 @@ def in_order(x: Tensor, spans: Sequence[Sequence[Range]], group: dist.ProcessGro
         pieces.append((start, torch.arange(offset, offset + end - start)))
         offset += end - start
     order = torch.cat([places for _, places in sorted(pieces, key=lambda piece: piece[0])])
-    return comm.all_gather(x, group).flatten(0, 1)[order.to(x.device)]
+    return comm.all_gather(x, axis.group, axis.waits).flatten(0, 1)[order.to(x.device)]
 
 
 def choose(key_TD: Tensor, chosen: Callable[[Tensor, Tensor, Range], Tensor], scores: int, context: SequenceContext) -> Tensor:
@@ -90,7 +93,7 @@ def choose(key_TD: Tensor, chosen: Callable[[Tensor, Tensor, Range], Tensor], sc
         scores: of a query with one key.
     """
     layout = context.held.layout
-    key_SD = in_order(key_TD, layouts.shards(layout), context.mesh.seq.group)
+    key_SD = in_order(key_TD, layouts.shards(layout), context.mesh.seq)
     spans = layout.local_ranges(context.mesh.ring.rank, context.mesh.ulysses.rank)
     may, tokens = allowed(spans, context.documents, key_TD.device), len(key_SD)
     found = [
@@ -124,10 +127,10 @@ def attend_chosen(
     if mesh.ulysses.size > 1:
         split = split_heads(mesh.ulysses.size, q.shape[1], k.shape[1])
         q, k, v = tokens_for_heads(q, k, v, split, context)
-        index_QK = comm.all_gather(index_QK, mesh.ulysses.group).flatten(0, 1)
+        index_QK = comm.all_gather(index_QK, mesh.ulysses.group, mesh.ulysses.waits).flatten(0, 1)
         sink_N = None if sink_N is None else sink_N.unflatten(0, (mesh.ulysses.size, -1))[mesh.ulysses.rank]
     spans = [context.layout.ring_ranges(rank) for rank in range(mesh.ring.size)]
-    k_mSH, v_mSH = in_order(torch.cat((k, v), dim=2), spans, mesh.ring.group).transpose(0, 1).split(k.shape[2], dim=2)
+    k_mSH, v_mSH = in_order(torch.cat((k, v), dim=2), spans, mesh.ring).transpose(0, 1).split(k.shape[2], dim=2)
     may = allowed(spans[mesh.ring.rank], context.documents, q.device)
     q_nQH, out = q.transpose(0, 1), []
     per_query = k_mSH.shape[1] * (1 if sink_N is None and q.is_cuda else q.shape[1])  # else of all heads at once

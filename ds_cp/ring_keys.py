@@ -46,7 +46,9 @@ def arriving(k: Tensor, v: Tensor, context: SequenceContext, plan: Plan, lanes: 
         yield from _gathered(torch.stack((k, v)), context, plan, lanes, kept)
         return
     ring, reach = context.mesh.ring, plan.reach
-    own = (k.contiguous(), v.contiguous())  # goes out as it is, in two messages; nothing comes in there
+    # k and v go out in two messages, as they are or from a copy of both, which then is the second buffer.
+    copy = None if k.is_contiguous() and v.is_contiguous() else torch.stack((k, v))
+    own = (k, v) if copy is None else copy.unbind()
     held = spare = k.new_empty((2, *k.shape))
     for step, tiles in enumerate(steps):
         here, coming = (ring.rank - step) % ring.size, (ring.rank - 1 - step) % ring.size
@@ -59,11 +61,13 @@ def arriving(k: Tensor, v: Tensor, context: SequenceContext, plan: Plan, lanes: 
         yield step, held if step else own, tiles
         with lanes.turn(step + 1):
             hop.wait(lanes.others(step + 1))
-        free = step > 0
+        free = held if step else copy
         if kept is not None and step and tiles:
             kept.append(held)
-            free = False
-        held, spare = spare, held if free or step >= len(steps) - 2 else torch.empty_like(spare)
+            free = None
+        if free is None:
+            free = torch.empty_like(spare) if step < len(steps) - 2 else held
+        held, spare = spare, free
 
 
 def _gathered(block: Tensor, context: SequenceContext, plan: Plan, lanes: Lanes, kept: list[Tensor] | None) -> Blocks:

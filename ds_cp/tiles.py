@@ -22,7 +22,7 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
-from ds_cp.balance import meets, owners, pairs_of_first
+from ds_cp.balance import hops, meets, owners, pairs_of_first
 from ds_cp.layout import Layout, Range, gathered_places
 
 
@@ -226,11 +226,7 @@ def _place(ranges: Sequence[Range], token: int) -> int:
 
 def _reach(layout: Layout, documents: Sequence[int]) -> tuple[int, ...]:
     owner = owners(layout.chunks)
-    needed = [0] * layout.ring
-    for number, seen in enumerate(meets(documents, layout.chunk, owner)):
-        needed[owner[number]] |= seen
-    hops = range(1, layout.ring)
-    return tuple(max((s for s in hops if needed[(r + s) % layout.ring] >> r & 1), default=0) for r in range(layout.ring))
+    return hops(meets(documents, layout.chunk, owner), owner, layout.ring)
 
 
 def _reaching(mine: tuple[Range, ...], documents: Sequence[int]) -> list[tuple[int, int, int, int]]:

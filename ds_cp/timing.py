@@ -22,7 +22,7 @@ from torch.autograd import profiler
 RING = "ring"
 """Waits for hops of the ring, its gathers and reduce-scatters, and the keys of windows."""
 EXCHANGE = "exchange"
-"""All-to-alls, tokens before a convolution's, states that are passed on: what is not behind any computation."""
+"""All-to-alls, tokens before a convolution's, states that are passed on, images' features: what is not behind any computation."""
 ATTENTION = "attention"
 """Attention of a ring rank, forward and backward; RING is part of it."""
 KINDS = (RING, EXCHANGE, ATTENTION)

@@ -60,11 +60,14 @@ class Warm:
         with open(log, "w") as file:
             self._process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
         deadline = time.monotonic() + START_S
-        while not address.exists():
-            assert self._process.poll() is None, log.read_text()[-3000:]
-            assert time.monotonic() < deadline, log.read_text()[-3000:]
-            time.sleep(TURN_S)
-        self._connection = connection.Client(str(address))
+        while True:
+            try:
+                self._connection = connection.Client(str(address))
+                break
+            except (FileNotFoundError, ConnectionRefusedError):  # it is not there, or does not listen yet
+                assert self._process.poll() is None, log.read_text()[-3000:]
+                assert time.monotonic() < deadline, log.read_text()[-3000:]
+                time.sleep(TURN_S)
 
     def start(self, module: str, *arguments: object, log: Path, environment: Mapping[str, str]) -> Started:
         log.touch()  # who reads it need not wait for the child
