@@ -5,6 +5,8 @@ R ring ranks, U Ulysses ranks. Everything is integers, so one process looks at a
 
 from __future__ import annotations
 
+import itertools
+import random
 import sys
 from collections.abc import Sequence
 from itertools import pairwise
@@ -416,6 +418,18 @@ def test_swaps_of_similar_chunks_save_calls_and_stay_balanced(ring: int) -> None
     assert found.even >= min(plain.even, balance.STILL_BALANCED)
     assert balance.predict(documents, found, 1) < balance.predict(documents, plain, 1)
     assert sum(calls(found)) < sum(calls(plain))
+
+
+@pytest.mark.parametrize("seed", [7, 25, 32])
+def test_swaps_make_no_block_travel_further(seed: int) -> None:
+    draw = random.Random(seed)
+    documents = (0, *itertools.accumulate(draw.randint(100, 4000) for _ in range(128)))
+    plain = balance.cut(balance.Pairs(documents), 8, 1, 2)
+    bounds = balance.padded(documents, plain.length)
+    swapped = balance.fewer_calls(bounds, plain, 1)
+    before, after = (tiles.plan(Layout(one.chunk, one.chunks, 1), 0, bounds).reach for one in (plain, swapped))
+    assert swapped != plain
+    assert sum(after) <= sum(before)
 
 
 @given(ring=st.integers(2, 16), chunk=st.integers(1, 4), ulysses=st.integers(1, 4))
