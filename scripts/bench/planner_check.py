@@ -208,11 +208,8 @@ def _one_rank_time() -> Iterator[Point]:
 def _offload_time() -> Iterator[Point]:
     found = read("h200_offload_trace.json")
     for row in found["rows"]:
-        degrees, offload = Topology(8, 1, 1), row["activation_offload"]
-        shape, choice = (
-            llama(*LLAMA_8B, row["layers"]),
-            Choice(degrees, 3, activation_offload=offload, head_chunks=4 if offload else 1),
-        )
+        shape, offload = llama(*LLAMA_8B, row["layers"]), row["activation_offload"]
+        choice = Choice(Topology(8, 1, 1), 3, activation_offload=offload, head_chunks=4 if offload else 1)
         expected = _times(shape, choice, device("NVIDIA H200", 8), row["local_tokens"])
         seconds = sum(expected.compute.values()) + expected.waits["host copies"]
         what = f"{row['local_tokens']:,} tokens, {row['layers']} layers, {describe(choice)}"
@@ -290,10 +287,8 @@ def _delta_time() -> Iterator[Point]:
         for row in found["rows"]:
             if row["contender"] not in ("whole", "heads"):
                 continue
-            shape, choice = (
-                replace(llama(*LLAMA_8B, 1), linear=(layer,)),
-                Choice(Topology(row["ranks"], 1, 1), 3, checkpointing=False),
-            )
+            shape = replace(llama(*LLAMA_8B, 1), linear=(layer,))
+            choice = Choice(Topology(row["ranks"], 1, 1), 3, checkpointing=False)
             expected = _times(shape, choice, device(found["machine"]["gpu"], 8), given["tokens"] // row["ranks"])
             what = f"{given['tokens']:,} tokens, {given['heads'][1]} value heads over {row['ranks']}"
             beyond = "two heads of the row a rank: launches of the host" if row["ranks"] == 16 else ""
