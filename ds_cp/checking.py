@@ -41,7 +41,8 @@ def check(
     ds_config = config.load(source)
     block = config.parse(ds_config)
     loaded = read_model(model) if model else None
-    preflight.refuse_other_parallelism(ds_config, "" if loaded is None else loaded.config.model_type)
+    if block.size != 1:
+        preflight.refuse_sections(ds_config, "" if loaded is None else loaded.config.model_type)
     pairs: Heads = ([heads] if heads else []) if loaded is None else checks.heads(loaded)
     linear_heads = [] if loaded is None else checks.linear_heads(loaded)
     passes = loaded is None or not checks.scan_heads(loaded)

@@ -122,8 +122,9 @@ def _model(given: Any, ds_config: Mapping[str, Any]) -> PreTrainedModel:
     if not isinstance(given, nn.Module):
         raise ValueError(f"model: pass a Hugging Face model, as to deepspeed.initialize; got {given!r:.60}")
     preflight.refuse_compiled(given)
+    preflight.refuse_adapters(given)
     model = checks.hugging_face(attach.find(given))
-    preflight.refuse_other_parallelism(ds_config, model.config.model_type)
+    preflight.refuse_sections(ds_config, model.config.model_type)
     return model
 
 

@@ -15,6 +15,18 @@ from torch import nn
 AUTOEP = ("deepseek_v3",)
 """Types compared with one process while DeepSpeed's AutoEP spread their experts (tests/dist/test_moe.py)."""
 
+_CACHE = "it gives the model keys and values of its own as a cache, which shards do not have"
+_PAST = "it calls the model past the hooks by which rows are shared out"
+_ATTENTION = "it has attention of its own beside the model's, which was not compared"
+ADAPTERS: Mapping[str, str] = {
+    **dict.fromkeys(("PREFIX_TUNING", "CARTRIDGE"), _CACHE),
+    **dict.fromkeys(("ADALORA", "XLORA"), _PAST),
+    **dict.fromkeys(("ADAPTION_PROMPT", "SHADOW"), _ATTENTION),
+    "CPT": "it takes its loss from the logits of whole rows",
+    "LILY": "it weighs its experts by the mean over all tokens that a layer sees, which are a shard's",
+}
+"""Of the peft package: kinds that are refused, and why."""
+
 T = TypeVar("T")
 
 SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -98,12 +110,24 @@ def together(work: Callable[[], T]) -> T:
     return cast(T, done)
 
 
-def refuse_other_parallelism(ds_config: Mapping[str, Any], model_type: str) -> None:
-    """Sections of the ds_config that split a model's layers over ranks which here share a row.
+def refuse_sections(ds_config: Mapping[str, Any], model_type: str) -> None:
+    """Sections of the ds_config that split a model's layers over ranks which here share a row, replace them, or deal with tokens.
 
     Raises:
         ValueError: one of them is on, and is not exact with this type of model or was not compared.
     """
+    if ds_config.get("hybrid_engine", {}).get("enabled") is True:
+        raise ValueError(
+            "hybrid_engine.enabled: true beside sequence_parallel: outside training it puts kernels of its own in the place of the "
+            "model's layers, which would take a shard for the row; set it to false, and generate inside ds_cp.disabled(engine)"
+        )
+    efficiency = ds_config.get("data_efficiency", {})
+    routing = efficiency.get("data_routing", {})
+    if any(section.get("enabled") is True for section in (efficiency, routing, routing.get("random_ltd", {}))):
+        raise ValueError(
+            "data_efficiency: enabled beside sequence_parallel: rows are read by ds_cp's loader or HF's, which do not sample by "
+            "it, and dropping tokens (random_ltd) leaves ranks with other tokens than planned; take the section out"
+        )
     if ds_config.get("expert_parallel", {}).get("enabled") is True and model_type not in AUTOEP:
         raise ValueError(
             f"expert_parallel.enabled: true beside sequence_parallel is in this version for {', '.join(AUTOEP)}, "
@@ -118,6 +142,26 @@ def refuse_other_parallelism(ds_config: Mapping[str, Any], model_type: str) -> N
             f"tensor_parallel.autotp_size: {degree} is not in this version beside sequence_parallel; set it to 1, and share rows "
             "over those ranks too (sequence_parallel.size)"
         )
+
+
+def refuse_adapters(model: nn.Module) -> None:
+    """Adapters of the peft package that do something to the tokens of a row, not to each of them alone.
+
+    Raises:
+        ValueError: the model has one.
+    """
+    for module in model.modules():
+        found = module.__dict__.get("peft_config", module.__dict__.get("_peft_config"))
+        for name, config in (found if isinstance(found, Mapping) else {}).items():
+            kind = str(getattr(config.peft_type, "value", config.peft_type))
+            reason = ADAPTERS.get(kind)
+            if getattr(config, "alora_invocation_tokens", None):
+                reason = "an activated LoRA acts from a place of the row on, which it looks for in a shard"
+            if reason is not None:
+                raise ValueError(
+                    f"model: its adapter {name} ({kind}) cannot be trained under sequence parallelism: {reason}; take another kind "
+                    "(LoRA, DoRA) or set sequence_parallel.size to 1"
+                )
 
 
 def refuse_compiled(model: nn.Module) -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import random
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
+import numpy as np
+import torch
 import torch.distributed as dist
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -22,7 +25,6 @@ COMPLETE = "ds_cp_complete.json"
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    import torch
     from torch import Tensor
     from torch.utils.data import DataLoader
 
@@ -57,10 +59,12 @@ if TYPE_CHECKING:
         def prediction_step(
             self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
         ) -> tuple[Tensor | None, Tensor | None, Tensor | None]: ...
-        def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any: ...
+        def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> Any: ...
+        def set_initial_training_values(self, args: TrainingArguments, dataloader: DataLoader) -> Any: ...
         def log(self, logs: dict[str, float], start_time: float | None = None) -> None: ...
         def floating_point_ops(self, inputs: dict[str, Any]) -> int: ...
         def get_cp_size(self) -> int: ...
+        def _load_rng_state(self, checkpoint: str | None) -> None: ...
         def _save_checkpoint(self, model: Any, trial: Any) -> None: ...
         def _get_output_dir(self, trial: Any) -> str: ...
         def _get_dataloader(self, dataset: Any, *args: Any, is_training: bool = False, **kwargs: Any) -> DataLoader: ...
@@ -106,6 +110,19 @@ class Reliable(Host):
         finally:
             self.remove_callback(callback)
             told.restore()
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """HF's, by rank; then the first rank's on all ranks of a row, which must draw alike: some may have saved none."""
+        super()._load_rng_state(checkpoint)
+        if self.cp_handle is None or checkpoint is None:
+            return
+        seq = self.cp_handle.mesh.seq
+        found = [(random.getstate(), np.random.get_state(), torch.get_rng_state())]
+        dist.broadcast_object_list(found, src=seq.ranks[0], group=seq.group, device=self.args.device)
+        python, numpy, cpu = found[0]
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         if self.cp_handle is None:

@@ -28,6 +28,8 @@ from ds_cp.batch import IGNORE
 from ds_cp.timing import named
 
 CONVERTED_AT_ONCE = 1 << 24
+ADDMM = torch.addmm
+"""As it is when this is imported: DeepSpeed's flops profiler puts another in its place for a step, which knows no `out_dtype`."""
 FUSED_DTYPES = (torch.bfloat16, torch.float16)
 """Of hidden states and head on CUDA for which one kernel makes the losses and the gradient of the logits, in their memory."""
 
@@ -233,7 +235,7 @@ def softmax_(z: Tensor) -> tuple[Tensor, Tensor]:
 def _add_product_(total_VD: Tensor, dz_tV: Tensor, x_tD: Tensor) -> Tensor:
     """total += dz^T x, summed in the precision of `total`."""
     if dz_tV.is_cuda and dz_tV.dtype != total_VD.dtype:
-        return torch.addmm(total_VD, dz_tV.t(), x_tD, out_dtype=total_VD.dtype, out=total_VD)
+        return ADDMM(total_VD, dz_tV.t(), x_tD, out_dtype=total_VD.dtype, out=total_VD)
     return total_VD.addmm_(dz_tV.t().to(total_VD.dtype), x_tD.to(total_VD.dtype))
 
 

@@ -9,16 +9,18 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Iterator, Mapping, Sized
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer as HfTrainer
 from transformers import TrainingArguments
 
-from ds_cp import agreement, comm, config, engine, factor, launch, meter, preflight, trl_trainers
+from ds_cp import agreement, comm, config, engine, factor, launch, meter, preflight, trainer_checks, trl_trainers
 from ds_cp.batch import DOCUMENT_KEYS, count_targets
 from ds_cp.deal import Passes
 from ds_cp.mesh import Mesh
@@ -29,6 +31,8 @@ ALIKE = (
     *("seed", "data_seed", "dataloader_drop_last", "eval_strategy", "eval_steps", "eval_delay", "save_strategy", "save_steps"),
     *("logging_strategy", "logging_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm"),
     *("optim", "label_smoothing_factor", "average_tokens_across_devices", "gradient_checkpointing", "bf16", "fp16"),
+    *("activation_checkpointing", "neftune_noise_alpha", "train_sampling_strategy"),
+    *("dataloader_in_order", "dataloader_num_workers"),
 )
 """Arguments that ranks with different ones would wait for each other over, or train otherwise."""
 
@@ -53,8 +57,10 @@ class TrainerMixin(trl_trainers.Rows, Reliable):
             launch.say_off(block)
             return
         _check_launch(self.accelerator.num_processes)
-        _check_arguments(self)
         self.cp_trl = trl_trainers.trainer_of(self)
+        own_workers = self.cp_trl == "GRPOTrainer"  # none for a stream to evaluate on
+        workers = 0 if own_workers else self.args.dataloader_num_workers
+        trainer_checks.refuse(self, max(1, self.accelerator.num_processes // cast(int, block.size)), workers)
         if self.cp_trl is not None:
             trl_trainers.refuse(self, self.cp_trl, block)
         mesh, methods = engine.prepare(self.model, block, ds_config)
@@ -132,14 +138,15 @@ class TrainerMixin(trl_trainers.Rows, Reliable):
             logits = engine.unshard(outputs.logits)
         return loss.detach(), logits.detach(), inputs.get("labels")
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+    def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> Any:
         if self.cp_mesh is None:
-            return super().evaluation_loop(*args, **kwargs)
+            return super().evaluation_loop(dataloader, *args, **kwargs)
+        _share_rows(dataloader, self.cp_mesh)  # of a get_eval_dataloader of the user's own
         start = time.perf_counter()
         self._cp_meter().rest()
         self.gather_function = self._gather_rows
         try:
-            return super().evaluation_loop(*args, **kwargs)
+            return super().evaluation_loop(dataloader, *args, **kwargs)
         finally:
             self._cp_paused += time.perf_counter() - start
 
@@ -171,9 +178,17 @@ class TrainerMixin(trl_trainers.Rows, Reliable):
         if self.cp_mesh is not None and isinstance(dataset, IterableDataset):
             dataset = _stream(dataset, self.args.dataloader_num_workers, self.cp_mesh, is_training)
         loader = super()._get_dataloader(dataset, *args, is_training=is_training, **kwargs)
-        if self.cp_mesh is not None:
-            _share_rows(loader, self.cp_mesh)
+        if self.cp_mesh is not None and not _share_rows(loader, self.cp_mesh):
+            raise ValueError(
+                f"data: {type(loader).__name__} does not shard by process in a way ds_cp knows; pass a map-style dataset or an "
+                "IterableDataset"
+            )
         return loader
+
+    def set_initial_training_values(self, args: TrainingArguments, dataloader: DataLoader) -> Any:
+        if self.cp_mesh is not None:
+            _share_rows(dataloader, self.cp_mesh)  # of a get_train_dataloader of the user's own, which accelerate has prepared
+        return super().set_initial_training_values(args, dataloader)
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor | int | None:
         if self.cp_mesh is None:
@@ -218,8 +233,7 @@ class TrainerMixin(trl_trainers.Rows, Reliable):
             rows = trl_trainers.one_per_group(x, mesh)
             return rows[:remainder] if remainder > 0 else rows
 
-        gathered = self.accelerator.gather(tensors)
-        return once(gathered) if isinstance(gathered, Tensor) else type(gathered)(map(once, gathered))
+        return recursively_apply(once, self.accelerator.gather(tensors))
 
 
 class Trainer(TrainerMixin, HfTrainer):
@@ -271,47 +285,10 @@ def _check_launch(processes: int) -> None:
         )
 
 
-def _check_arguments(trainer: HfTrainer) -> None:
-    """Arguments of HF's whose meaning this version would change without a word."""
-    args = trainer.args
-    refused = {
-        "compute_loss_func": (trainer.compute_loss_func is not None, "leave it out: it would see one shard's logits"),
-        "model_init": (trainer.model_init is not None, "pass the model itself"),
-        "use_liger_kernel": (args.use_liger_kernel, "set it to False"),
-        "torch_compile": (args.torch_compile, "set it to False"),
-        "parallelism_config": (_splits_rows(args.parallelism_config), "leave it out: the sequence_parallel block takes its place"),
-        "auto_find_batch_size": (args.auto_find_batch_size, "set it to False"),
-        "enable_jit_checkpoint": (args.enable_jit_checkpoint, "set it to False: SIGTERM saves and stops all ranks together anyway"),
-    }
-    for name, (given, advice) in refused.items():
-        if given:
-            raise ValueError(f"{name}: not in this version of ds_cp under sequence parallelism; {advice}")
-    if args.accelerator_config.split_batches or args.accelerator_config.dispatch_batches:
-        raise ValueError(
-            "accelerator_config: split_batches and dispatch_batches hand out batches by global rank, but the ranks of a sequence "
-            "group need the same row; leave both unset"
-        )
-
-
-def _splits_rows(parallelism: Any) -> bool:
-    """Of accelerate's: whether its ranks share rows or layers, as DeepSpeed's ALST makes them."""
-    return parallelism is not None and parallelism.non_data_parallel_size > 1
-
-
 def _stream(dataset: IterableDataset, workers: int, mesh: Mesh, is_training: bool) -> IterableDataset:
     """A stream as accelerate shards it: without a length, training goes over it pass after pass."""
-    if workers > 1:
-        raise ValueError(
-            f"dataloader_num_workers: got {workers} for an IterableDataset, allowed 0 and 1: each worker would read the whole "
-            "stream, and every row would come once a worker"
-        )
-    sized = isinstance(dataset, Sized)
-    if not is_training and mesh.data.size > 1:
-        raise ValueError(
-            f"eval_dataset: an IterableDataset over {mesh.data.size} replicas would be evened out with rows that come twice; pass "
-            "one with a length and an index"
-        )
-    return Passes(dataset) if is_training and not sized else _Plain(dataset)
+    trainer_checks.refuse_stream(dataset, workers, 1 if is_training else mesh.data.size)
+    return Passes(dataset) if is_training and not isinstance(dataset, Sized) else _Plain(dataset)
 
 
 class _Plain(IterableDataset):
@@ -331,8 +308,12 @@ class _Plain(IterableDataset):
             self.dataset.set_epoch(epoch)
 
 
-def _share_rows(loader: DataLoader, mesh: Mesh) -> None:
-    """Makes accelerate's shard of the data that of this rank's sequence group."""
+def _share_rows(loader: DataLoader, mesh: Mesh) -> bool:
+    """Makes accelerate's shard of the data that of this rank's sequence group; False where there is none of a kind it knows."""
+    inner = getattr(loader, "base_dataloader", loader)  # of accelerate's wrapping
+    seeds = inner.worker_init_fn
+    if isinstance(seeds, partial) and "rank" in seeds.keywords:  # HF's: workers that draw (crops, masks) draw by global rank
+        inner.worker_init_fn = partial(seeds.func, **{**seeds.keywords, "rank": mesh.data.rank})
     parts: tuple[Any, Any] = getattr(loader, "batch_sampler", None), getattr(loader, "dataset", None)
     for part in parts:
         if hasattr(part, "process_index") and hasattr(part, "num_processes"):
@@ -342,9 +323,5 @@ def _share_rows(loader: DataLoader, mesh: Mesh) -> None:
                     part.even_batches = False
                 else:
                     part.batch_size = 1  # of accelerate's shard of a stream, which completes groups of so many rows
-            return
-    if mesh.topology.world > 1:
-        raise ValueError(
-            f"data: {type(loader).__name__} does not shard by process in a way ds_cp knows; pass a map-style dataset or an "
-            "IterableDataset"
-        )
+            return True
+    return mesh.topology.world == 1

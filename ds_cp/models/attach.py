@@ -30,7 +30,7 @@ from ds_cp.kernels.attention import Score
 from ds_cp.late import Late
 from ds_cp.loss import LOCAL, CausalLMLoss
 from ds_cp.mesh import Mesh
-from ds_cp.models import counted, family_of, indexer, lm_head, mlp, routers, scored, vision
+from ds_cp.models import counted, dropout, family_of, indexer, lm_head, mlp, routers, scored, vision
 from ds_cp.models.checks import token_mixers, window_of
 from ds_cp.models.relay import relays
 from ds_cp.models.same_row import SameRow, check_plan
@@ -112,6 +112,8 @@ class Handle:
         self._head.apply()
         self._mlps = mlp.Door(self.model, self.tiled_mlp)
         self._mlps.apply()
+        self._dropout = dropout.Door(self.model, self.mesh)
+        self._dropout.apply()
         self._same_row = SameRow(self.mesh)
         self._routers = routers.Door(self.model)
         self._routers.apply()
@@ -143,6 +145,7 @@ class Handle:
             hook.remove()
         self._head.remove()
         self._mlps.remove()
+        self._dropout.remove()
         self._routers.remove()
         self._counted.remove()
         self._indexers.remove()
@@ -193,6 +196,7 @@ class Handle:
         self.check_finite()
         given = {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
         _refuse_keywords(given)
+        _refuse_changes(self.model)
         device = next(module.parameters()).device
         self._scored = scored.begin(given, self.token_values)
         keep = self._keeps()
@@ -370,6 +374,15 @@ def find(model: nn.Module) -> PreTrainedModel | nn.Module:
 def handle_of(model: nn.Module) -> Handle | None:
     """The handle of an attached model, also through an engine or a wrapper."""
     return next((getattr(m, HANDLE) for m in model.modules() if HANDLE in m.__dict__), None)
+
+
+def _refuse_changes(model: PreTrainedModel) -> None:
+    """What was done to an attached model since, under which a shard would be taken for the row."""
+    found = model.config.get_text_config()._attn_implementation
+    if found != IMPLEMENTATION:
+        raise ValueError(f"model: its attention was set to {found} under ds_cp; do that inside `with ds_cp.disabled(engine):` only")
+    if model._compiled_call_impl is not None:
+        raise ValueError("torch.compile: the model was compiled under ds_cp, which is not in this version; leave that out")
 
 
 def _refuse_keywords(given: dict[str, Any]) -> None:

@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from ds_cp import selftest
+import ds_cp
+from ds_cp import comm, selftest
+from ds_cp.models import attach
 from tests.dist import jobs
 
 
@@ -68,3 +70,29 @@ def lora(
     report = selftest.compare(*selftest.sharded(model, config, [batches]), *wanted)
     assert sum(error > 0 for error in report.errors.values()) > 0, "nothing was trained"
     return report.loss, report.loss_error, *report.worst
+
+
+def dropped(block: dict[str, Any], checkpointing: bool) -> tuple[list[list[float]], float, list[float]]:
+    """(what each rank's dropout of the first adapter let through of its tokens, how far from their scale it is, the next random
+    number of each rank); with checkpointing also that backward repeats the masks.
+    """
+    config = LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights=False, lora_dropout=0.5)
+    model = get_peft_model(selftest.tiny_model("llama"), config)
+    seen: list[Tensor] = []
+    name = next(name for name, m in model.named_modules() if isinstance(m, nn.Dropout))
+    model.get_submodule(name).register_forward_hook(lambda module, args, y: seen.append(y / args[0]))
+    if checkpointing:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    engine, *_ = ds_cp.initialize(model=model, optimizer=optimizer, config=selftest.ds_config(1, block))
+    torch.manual_seed(5)
+    engine.backward(engine(**jobs.rows(1, 48)[0]).loss)
+    if checkpointing:
+        assert torch.equal(seen[0], seen[1]), "backward computes with the masks of forward"
+    handle = attach.handle_of(engine)
+    assert handle is not None
+    masks = comm.all_gather(seen[0].detach().flatten(), handle.mesh.seq.group)
+    after = comm.all_gather(torch.rand(1), handle.mesh.seq.group).flatten().tolist()
+    selftest.finish(engine)
+    return masks.tolist(), float(masks.unique().sum() - 2), after

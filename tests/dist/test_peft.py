@@ -40,3 +40,12 @@ def test_adapters_on_quantized_weights(pool, tmp_path: Path, stage: int, mesh: t
     """QLoRA: bitsandbytes' 4-bit layers, against the same layers in one process."""
     selftest.tiny_model("llama").save_pretrained(tmp_path)
     assert_parity(pool(2).run(peft_jobs.qlora, folder=str(tmp_path), block=block(*mesh), stage=stage, modules=INNER))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_every_rank_of_a_row_drops_by_masks_of_its_own(pool, checkpointing: bool) -> None:
+    masks, off_scale, after = pool(2).run(peft_jobs.dropped, block=block(1, 2), checkpointing=checkpointing)[0]
+    assert off_scale == 0, "0, and 2 for a rate of a half"
+    same = sum(a == b for a, b in zip(*masks, strict=True)) / len(masks[0])
+    assert 0.4 < same < 0.6, "independent ones agree in half of their places"
+    assert after[0] == after[1], "what all ranks must draw alike"

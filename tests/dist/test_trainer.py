@@ -176,7 +176,7 @@ def test_streams_that_would_give_rows_twice_are_refused(pool, tmp_path: Path) ->
     run = {"folder": str(tmp_path), "block": block(1, 2)}
     message = refused(pool(2), trainer_jobs.train, data=trainer_jobs.Stream(5), dataloader_num_workers=2, **run)
     assert "dataloader_num_workers: got 2 for an IterableDataset, allowed 0 and 1" in message
-    evaluation = {"evaluation": trainer_jobs.Stream(5), "eval_strategy": "steps", "eval_steps": 4}
+    evaluation = {"evaluation": trainer_jobs.Stream(5), "eval_strategy": "steps", "eval_steps": 40}  # before it comes to that
     assert "eval_dataset: an IterableDataset over 2 replicas" in refused(pool(4), trainer_jobs.train, **evaluation, **run)
 
 
@@ -184,6 +184,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "custom loss": ({"trainer": {"compute_loss_func": trainer_jobs.custom_loss}}, "compute_loss_func: not in this version"),
     "ALST": ({"parallelism_config": ParallelismConfig(sp_size=2, sp_backend="deepspeed")}, "parallelism_config: not in this"),
     "split batches": ({"accelerator_config": {"split_batches": True}}, "the ranks of a sequence group need the same row"),
+    "accelerate launch --dynamo_backend": ({"environment": {"ACCELERATE_DYNAMO_BACKEND": "EAGER"}}, "dynamo_backend: not in this"),
+    "NEFTune": ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha: not in this version"),
+    "any order": ({"dataloader_in_order": False, "dataloader_num_workers": 2}, "dataloader_in_order: not in this version"),
+    "balanced batches": ({"train_sampling_strategy": "batch_rebalance"}, "train_sampling_strategy: batch_rebalance: not in this"),
+    "objects of an evaluation": ({"eval_use_gather_object": True}, "eval_use_gather_object: not in this version"),
 }
 
 
@@ -192,6 +197,31 @@ def test_an_argument_that_would_change_its_meaning_is_refused(pool, tmp_path: Pa
     arguments, reason = REFUSED[case]
     message = refused(pool(2), trainer_jobs.train, folder=str(tmp_path), block=block(2, 1), **arguments)
     assert reason in message
+
+
+def test_replicas_with_different_numbers_of_batches_are_refused(pool, tmp_path: Path) -> None:
+    uneven = {"accelerator_config": {"even_batches": False}}
+    message = refused(pool(4), trainer_jobs.train, folder=str(tmp_path), block=block(1, 2), **uneven)
+    assert "even_batches: False lets 2 replicas have different numbers of batches" in message
+
+
+def test_rows_drawn_by_workers_are_the_same_in_a_sequence_group(pool, tmp_path: Path) -> None:
+    """transformers seeds the workers of every rank otherwise; here of every replica."""
+    settings = {"data": trainer_jobs.Drawn(16), "dataloader_num_workers": 2, "max_steps": 3}
+    assert len(losses(run(pool, 4, tmp_path, block=block(1, 2), **settings))) == 3
+
+
+def test_more_ranks_than_have_saved_their_random_numbers_draw_alike(pool, tmp_path: Path) -> None:
+    """The second epoch begins with what was restored: ranks 2 and 3 find nothing."""
+    settings = {"data": trainer_jobs.Drawn(4), "dataloader_num_workers": 1, "stage": 0}
+    run(pool, 2, tmp_path, block=block(1, 2), max_steps=2, save_strategy="steps", save_steps=2, **settings)
+    resumed = run(pool, 4, tmp_path, block=block(1, 4), resume=str(tmp_path / "checkpoint-2"), **settings)
+    assert len(losses(resumed)) == 4
+
+
+def test_loaders_of_the_users_own_are_shared_out_too(pool, tmp_path: Path) -> None:
+    settings = {"block": block(1, 2), "max_steps": 3, "eval_strategy": "steps", "eval_steps": 3}
+    assert_same_run(run(pool, 4, tmp_path, kind=trainer_jobs.OwnLoaders, **settings), run(pool, 4, tmp_path, **settings))
 
 
 def test_a_trainer_without_deepspeed_is_refused(pool, tmp_path: Path) -> None:

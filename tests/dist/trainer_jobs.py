@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from torch import Tensor
-from torch.utils.data import IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer as HfTrainer
 from transformers import TrainingArguments
 
@@ -32,6 +32,24 @@ class Stream(IterableDataset):
         return iter(self.rows[i] for i in order.tolist())
 
 
+class Drawn(Rows):
+    """Rows of which the process that reads them draws a part, as one that masks or crops does."""
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        row = super().__getitem__(index)
+        return {**row, "input_ids": torch.cat((row["input_ids"][:12], torch.randint(3, 96, (12,))))}
+
+
+class OwnLoaders(ds_cp.Trainer):
+    """Loaders of the user's own, prepared by accelerate."""
+
+    def get_train_dataloader(self) -> Any:
+        return self.accelerator.prepare(DataLoader(self.train_dataset, batch_size=1, shuffle=True))
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        return self.accelerator.prepare(DataLoader(self.eval_dataset, batch_size=2))
+
+
 def train(
     folder: str,
     block: dict[str, Any] | None,
@@ -42,6 +60,8 @@ def train(
     metrics: bool = False,
     trainer: dict[str, Any] | None = None,
     model: tuple[str, dict[str, Any]] = ("qwen3", {}),
+    kind: type[HfTrainer] | None = None,
+    environment: dict[str, str] | None = None,
     **arguments: Any,
 ) -> dict[str, Any]:
     """Trains a tiny model (type, changes to its config); `stage` None is plain HF without DeepSpeed.
@@ -50,7 +70,9 @@ def train(
     """
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+    for name in [name for name in os.environ if name.startswith(("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_DYNAMO_"))]:
+        del os.environ[name]
+    os.environ |= environment or {}
     settings = {
         "output_dir": folder,
         "use_cpu": True,
@@ -71,7 +93,7 @@ def train(
     }
     if stage is not None:
         settings["deepspeed"] = deepspeed_section(block, stage)
-    kind = ds_cp.Trainer if block is not None else HfTrainer
+    kind = kind or (ds_cp.Trainer if block is not None else HfTrainer)
     more = {**(trainer or {}), **({"compute_metrics": whole_row_metrics} if metrics else {})}
     built = kind(
         model=selftest.tiny_model(model[0], **model[1]),

@@ -93,6 +93,7 @@ IMPORTS = _table(
         "engine": "resolve table config topology comm factor preflight mesh kernels.choice batch loss loader models",
         "meter": "balance batch comm mesh models planner planner.read timing",
         "trainer": "engine",
+        "trainer_checks": "",
         "trl_trainers": "engine config mesh models",
         "trl": "trainer",
         "selftest": "engine kernels.attention tiles batch models",
@@ -130,7 +131,7 @@ BEYOND = _table(
         "engine": "token_values watch launch agreement meter profiling",
         "launch": "config agreement",  # a config that one rank cannot read, or reads otherwise, ends all of them
         # reads the block, counts targets and verifies the factor as engine does; stopping and saving
-        "trainer": "batch comm config factor mesh deal reliable agreement launch preflight trl_trainers meter",
+        "trainer": "batch comm config factor mesh deal reliable agreement launch preflight trl_trainers trainer_checks meter",
         "trl_trainers": "token_values",  # what TRL reads of a model
         "planner": "balance",  # the busiest rank's pairs of packed rows
         # names of layouts; what `check` resolves; what `selftest` runs; a model's counts
@@ -141,7 +142,8 @@ BEYOND = _table(
 
 OUTSIDE = _table(
     {
-        "transformers": "models checking planner.read prove engine table meter trainer trl_trainers selftest reliable",
+        "transformers": "models checking planner.read prove engine table meter trainer trainer_checks trl_trainers selftest "
+        "reliable",
         "deepspeed": "mesh loss engine resolve trainer factor selftest launch prove",
         "flash_attn": "kernels.attention kernels.flash4_hopper",
         "cutlass": "kernels.flash4_hopper",

@@ -201,6 +201,28 @@ def test_an_attached_model_saves_a_config_without_our_implementation(tmp_path: A
     assert attach.IMPLEMENTATION not in (tmp_path / "config.json").read_text()
 
 
+def test_a_model_whose_attention_is_set_while_attached_is_refused_in_the_next_pass() -> None:
+    model = selftest.tiny_model("llama")
+    handle = attached(model)
+    batch = {"input_ids": torch.arange(3, 40).unsqueeze(0), "labels": torch.arange(3, 40).unsqueeze(0)}
+    wanted = model(**batch).loss
+    model.set_attn_implementation("sdpa")  # as a callback does that generates
+    with pytest.raises(ValueError, match="its attention was set to sdpa under ds_cp"):
+        model(**batch)
+    model.set_attn_implementation(attach.IMPLEMENTATION)
+    with handle.disabled():
+        model.set_attn_implementation("eager")
+    torch.testing.assert_close(model(**batch).loss, wanted)
+
+
+def test_a_model_that_is_compiled_while_attached_is_refused_in_the_next_pass() -> None:
+    model = selftest.tiny_model("llama")
+    attached(model)
+    model.compile(backend="eager")
+    with pytest.raises(ValueError, match="the model was compiled under ds_cp"):
+        model(input_ids=torch.arange(3, 40).unsqueeze(0))
+
+
 SOURCES = (
     gated_delta.SOURCES
     | family_short_conv.SOURCES

@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LilyConfig, LoraConfig, PeftConfig, PrefixTuningConfig, get_peft_model
 from torch import nn
 
-from ds_cp import preflight
+from ds_cp import preflight, selftest
 
 
 def lock(root: Path, age_s: float) -> Path:
@@ -33,16 +34,39 @@ def lock(root: Path, age_s: float) -> Path:
     [
         ({"expert_parallel": {"enabled": True, "autoep_size": 2}}, "is in this version for deepseek_v3, not for mixtral: "),
         ({"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel.autotp_size: 2 is not in this version"),
+        ({"hybrid_engine": {"enabled": True}}, "hybrid_engine.enabled: true beside sequence_parallel"),
+        ({"data_efficiency": {"enabled": True}}, "data_efficiency: enabled beside sequence_parallel"),
+        ({"data_efficiency": {"data_routing": {"random_ltd": {"enabled": True}}}}, "dropping tokens"),
     ],
 )
 def test_other_ways_to_split_layers_are_refused(section: dict[str, Any], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
-        preflight.refuse_other_parallelism(section, "mixtral")
+        preflight.refuse_sections(section, "mixtral")
 
 
 def test_other_ways_to_split_layers_may_be_off() -> None:
-    preflight.refuse_other_parallelism({"expert_parallel": {"enabled": False}, "tensor_parallel": {"autotp_size": 1}}, "mixtral")
-    preflight.refuse_other_parallelism({"expert_parallel": {"enabled": True}}, "deepseek_v3")
+    preflight.refuse_sections({"expert_parallel": {"enabled": False}, "tensor_parallel": {"autotp_size": 1}}, "mixtral")
+    preflight.refuse_sections({"expert_parallel": {"enabled": True}}, "deepseek_v3")
+    preflight.refuse_sections({"hybrid_engine": {"enabled": False}, "data_efficiency": {"enabled": False, "data_routing": {}}}, "")
+
+
+ADAPTERS: dict[str, tuple[PeftConfig, str]] = {
+    "activated": (LoraConfig(task_type="CAUSAL_LM", alora_invocation_tokens=[5]), r"\(LORA\) cannot .* from a place of the row"),
+    "Lily": (LilyConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]), r"\(LILY\) cannot .* mean over all tokens"),
+    "prefixes": (PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3), r"\(PREFIX_TUNING\) cannot .* as a cache"),
+}
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_adapters_that_act_on_a_row_are_refused(kind: str) -> None:
+    config, reason = ADAPTERS[kind]
+    with pytest.raises(ValueError, match=f"its adapter default {reason}"):
+        preflight.refuse_adapters(get_peft_model(selftest.tiny_model("llama"), config))
+
+
+def test_adapters_that_act_on_single_tokens_are_not_refused() -> None:
+    preflight.refuse_adapters(selftest.tiny_model("llama"))
+    preflight.refuse_adapters(get_peft_model(selftest.tiny_model("llama"), LoraConfig(use_dora=True)))
 
 
 def test_no_lock_is_no_wait(tmp_path: Path) -> None:

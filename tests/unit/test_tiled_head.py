@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.profiling.flops_profiler import profiler
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -186,3 +187,17 @@ def test_ligers_loss_has_no_weights_of_tokens() -> None:
     attached(model, loss_kernel="liger")
     with pytest.raises(ValueError, match="loss_weights: Liger's loss has none"):
         model(**BATCH, loss_weights=torch.ones(BATCH["input_ids"].shape))
+
+
+def test_the_flops_profiler_of_deepspeed_does_not_reach_the_summed_product() -> None:
+    """For a step it puts an addmm in torch's place that knows no `out_dtype`, on rank 0 alone."""
+    x = torch.ones(2, 2)
+    profiler._patch_tensor_methods()
+    try:
+        with pytest.raises(TypeError, match="out_dtype"):
+            torch.addmm(x, x, x, out_dtype=torch.float32)
+        assert torch.equal(tiled_head.ADDMM(x, x, x), x + x @ x)
+        assert tiled_head.ADDMM is not torch.addmm
+    finally:
+        profiler._reload_tensor_methods()
+    assert tiled_head.ADDMM is torch.addmm
