@@ -1,6 +1,7 @@
 """Writes docs/config.md from the fields of `ds_cp.config.Config`; `--check` only compares, for CI.
 
-python scripts/gen_config_docs.py [--check]
+python scripts/gen_config_docs.py
+python scripts/gen_config_docs.py --check
 """
 
 from __future__ import annotations

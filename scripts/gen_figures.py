@@ -3,7 +3,8 @@
 What a figure shows is computed by the functions that a run calls (layouts, tiles, head splits, groups, losses), on integers small
 enough to be drawn. A test compares the files with what this script writes, and the plans with what they have to be.
 
-python scripts/gen_figures.py [--check]
+    python scripts/gen_figures.py
+    python scripts/gen_figures.py --check
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Writes ds_configs/h100_*.json and the table of docs/recipes.md by `ds-cp plan`; `--check` only compares, for CI.
 
-python scripts/gen_recipes.py [--check]
+python scripts/gen_recipes.py
+python scripts/gen_recipes.py --check
 """
 
 from __future__ import annotations

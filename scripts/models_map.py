@@ -1,6 +1,7 @@
 """docs/models.md: every causal language model of the installed transformers, sharded over two ranks against one process.
 
-    python scripts/models_map.py [--only llama,gpt2] [--json map.json]
+    python scripts/models_map.py
+    python scripts/models_map.py --only llama,gpt2 --json map.json
 
 For each architecture a tiny config is made (`ds_cp.models.twin`, or the family's own), and one optimizer step on two gloo ranks,
 once with the all-to-all and once with the ring, is compared with transformers in one process, every parameter's gradient. What

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ from ds_cp.selftest import LR  # noqa: E402
 from tests.dist.pool import Pool, WorkerError  # noqa: E402
 
 TOKENS, HIDDEN, VOCABULARY, WORLD = 20, 16, 40, 2
+CASES = ((0, 1), (1, 1), (1, 2), (2, 2), (3, 1), (3, 2))
+"""(ZeRO stage, micro-batches of a step)."""
 WAYS = {
     "loss, sum over tiles, divided by the targets": {"tiles": 4, "loss": "sum"},
     "loss, mean over tiles, as many targets in each": {"tiles": 4, "loss": "mean", "all_targets": True},
@@ -124,14 +127,16 @@ def gradients(stage: int, steps: int, tiles: int, all_targets: bool = False, **h
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", metavar="PATTERN", help="ways whose names have it (a regular expression)")
+    parser.add_argument("--zero", type=int, nargs="+", default=[0, 1, 2, 3], help="stages (0 1 2 3)")
     parser.add_argument("--json", type=Path, help="write the rows and the machine here")
     parser.add_argument("--markdown", action="store_true", help="tables in markdown on stdout, all else on stderr")
     args = parser.parse_args()
     from deepspeed_tiles import gradients as job  # by a name that the ranks can import
 
     pool, rows = Pool(WORLD), []
-    for way, how in WAYS.items():
-        for stage, steps in ((0, 1), (1, 1), (1, 2), (2, 2), (3, 1), (3, 2)):
+    for way, how in ((way, how) for way, how in WAYS.items() if re.search(args.only, way)):
+        for stage, steps in (case for case in CASES if case[0] in args.zero):
             row: dict[str, Any] = {"section": "tiles", "way": way, "zero": stage, "accumulation": steps}
             try:
                 found = pool.run(job, stage=stage, steps=steps, **how)[0]

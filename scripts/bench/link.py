@@ -1,7 +1,7 @@
 """One training step over two hosts whose link is shaped: where the all-to-all and the ring cross it.
 
-    sudo scripts/bench/link.py --rates none 1gbit 100mbit --json link.json     # 10 minutes
-    sudo scripts/bench/link.py --rates 100mbit --kv-heads 2 --contenders ALST "ulysses 4" "ulysses 2 x ring 2, kept"
+    sudo .venv/bin/python scripts/bench/link.py --rates none 1gbit 100mbit --json link.json     # 10 minutes
+    sudo .venv/bin/python scripts/bench/link.py --rates 100mbit --kv-heads 2 --contenders ALST "ulysses 2 x ring 2, kept"
 
 Two hosts of two gloo ranks each, made by scripts/hosts on this machine (root), one row over all four ranks,
 the model and the steps of scripts/bench/alst.py: ALST, ds_cp with Ulysses over all ranks, with Ulysses inside a host and the ring

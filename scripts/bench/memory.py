@@ -315,6 +315,7 @@ def parse() -> argparse.Namespace:
     add("--limit-gib", type=float, default=0, help="memory that there is, where it is less than the device's")
     add("--block", type=json.loads, default={}, help="ds_cp: more of the block, as JSON")
     add("--loss", action="store_true", help="the loss alone")
+    add("--loss-tokens", type=int, default=16384, help="--loss: tokens (16384)")
     add("--tiny", action="store_true", help="a tiny model: proves the script")
     add("--timeout", type=float, default=300, help="seconds that a contender may take (300)")
     add("--json", type=Path, help="write the rows and the machine here, after every contender")
@@ -333,7 +334,7 @@ def main() -> None:
     if args.loss:
         from memory_loss import loss_rows
 
-        rows = loss_rows(*((64, 96, 32, 2) if args.tiny else (16384, 128256, 4096, 10)))
+        rows = loss_rows(*((64, 96, 32, 2) if args.tiny else (args.loss_tokens, 128256, 4096, 10)))
     about["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     search = {"first": tuple(args.first), "precision": args.precision, "quantum": 64 if args.tiny else 1024}
     for name in [] if args.loss else args.contenders:

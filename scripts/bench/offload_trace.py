@@ -6,6 +6,7 @@
 Rank 7 of 8 under PyTorch's fake process group, as in one_rank.py: Llama-8B shapes, ZeRO 3, every layer checkpointed. With and
 without `activation_offload`, the median of --steps and one more under torch.profiler.
 
+    to_host_mib      layer inputs that a step sends to the host
     copies_ms        time in which a copy to or from the host runs; covered: the share of it in which a kernel runs too
     exposed_ms       what the profiled step waits: copies with no kernel beside them
 """
@@ -34,15 +35,31 @@ Span = tuple[float, float]
 
 def worker(case: Case) -> None:
     timeline = one_rank.become_rank(case)
-    step = one_rank.build(case, timeline)
+    step, sent = one_rank.build(case, timeline), counted()
     for _ in range(one_rank.WARM_UP):
         step()
+    sent.clear()
     marks = [timeline.now()]
     for _ in range(case.steps):
         step()
         marks.append(timeline.now())
-    row = {"seconds": statistics.median(timeline.seconds(marks))} | (traced(step) if timeline.cuda else {})
+    row = {"seconds": statistics.median(timeline.seconds(marks)), "to_host_mib": sum(sent) / case.steps / 2**20}
+    row |= traced(step) if timeline.cuda else {}
     print("", one_rank.RESULT + json.dumps(row), sep="\n", flush=True)
+
+
+def counted() -> list[int]:
+    """Bytes of each tensor that is sent to the host from now on."""
+    from ds_cp.offload import Offload
+
+    send, sent = Offload._send, []
+
+    def _send(self: Offload, x: torch.Tensor) -> Any:
+        sent.append(x.nbytes)
+        return send(self, x)
+
+    Offload._send = _send
+    return sent
 
 
 def traced(step: Any) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """The parity table: worst relative error of any parameter's gradient, and of the loss, against one HF process (fp32, CPU ranks).
 
-    python scripts/bench/parity.py [--quick] [--json docs/data/parity.json] [--markdown]
+    python scripts/bench/parity.py --json docs/data/parity.json
+    python scripts/bench/parity.py --quick --markdown
+    python scripts/bench/parity.py --only "ulysses 1 x ring 2"    # cases with this in their names
 
 The same jobs as the tests in tests/dist, on the same pool of gloo workers; a row's bar is 1e-5.
 """
@@ -11,6 +13,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -163,7 +166,7 @@ def own_error(model_type: str, batches: list[Any] | None = None, changes: dict[s
     return selftest.compare(*selftest.reference(models[1], rows, "mean"), *exact).worst[1]
 
 
-def measure(chosen: Iterator[Case], own: bool) -> list[dict[str, Any]]:
+def measure(chosen: list[Case], own: bool) -> list[dict[str, Any]]:
     """Runs every case; the worst rank counts. With `own` also the reference's own error."""
     pools: dict[int, Pool] = {}
     rows = []
@@ -205,12 +208,16 @@ def main() -> None:
     parser.add_argument("--windows", action="store_true", help="models with sliding windows and softcap instead")
     parser.add_argument("--experts", action="store_true", help="mixtures of experts, with their balance loss, instead")
     parser.add_argument("--vision", action="store_true", help="vision-language models instead")
+    parser.add_argument("--only", default="", metavar="PATTERN", help="cases whose names have it (a regular expression)")
     parser.add_argument("--json", type=Path, help="write the figures and the machine there")
     parser.add_argument("--markdown", action="store_true", help="print a markdown table too")
     arguments = parser.parse_args()
     hybrids = arguments.hybrids
     others = {"hybrids": hybrid_cases, "windows": windowed_cases, "experts": expert_cases, "vision": vision_cases}
-    chosen = next((make() for name, make in others.items() if getattr(arguments, name)), cases(arguments.quick))
+    every = next((make() for name, make in others.items() if getattr(arguments, name)), cases(arguments.quick))
+    chosen = [case for case in every if re.search(arguments.only, case[0])]
+    if not chosen:
+        parser.error(f"--only: no case has {arguments.only!r} in its name")
     rows = measure(chosen, own=hybrids)
     table = Table(title="parity with one process")
     for column in ("case", "ranks", "loss error", "worst gradient error", "of", "one process against fp64"):

@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import os
 import socket
 import statistics
@@ -214,7 +215,7 @@ def run(section: str, job: dict[str, Any], ranks: int, timeout: float, console: 
 
 def steps(args: argparse.Namespace, console: Console, keep: Callable[[Row], None]) -> None:
     contenders = [("ALST", core, (args.ranks, 1), {}) for core in args.alst]
-    contenders += [("ds_cp", args.kernel, sizes, args.block) for sizes in ((args.ranks, 1), (1, args.ranks))]
+    contenders += [("ds_cp", args.kernel, sizes, args.block) for sizes in args.settings]
     for local_tokens in args.local_tokens:
         alst = None
         for contender, attention, (ulysses, degree), block in contenders:
@@ -263,6 +264,7 @@ def parse() -> argparse.Namespace:
     add("--kernel", default="auto", help="step: ds_cp's attention_kernel (auto)")
     add("--block", type=json.loads, default={}, help="step: more of ds_cp's block, as JSON")
     add("--alst", nargs="*", default=["sdpa"], help="step: ALST's core attentions (sdpa)")
+    add("--settings", nargs="*", help="step: ds_cp, ulysses x ring (all ranks to the one, all to the other)")
     add("--steps", type=int, default=5, help="step: timed steps (5)")
     add("--lengths", type=int, nargs="+", default=[8192, 32768, 131072], help="ring: tokens of the row")
     add("--ring-kernels", nargs="+", default=["auto"], help="ring: attention_kernel (auto)")
@@ -273,6 +275,10 @@ def parse() -> argparse.Namespace:
     add("--timeout", type=float, default=240, help="seconds that a case may take (240)")
     add("--json", type=Path)
     args = parser.parse_args()
+    settings = [f"{args.ranks}x1", f"1x{args.ranks}"] if args.settings is None else args.settings
+    args.settings = [tuple(map(int, setting.split("x"))) for setting in settings]
+    if any(len(sizes) != 2 or math.prod(sizes) != args.ranks for sizes in args.settings):
+        parser.error(f"--settings must be ulysses x ring = {args.ranks}, got {' '.join(settings)}")
     if args.tiny:
         args.local_tokens, args.lengths, args.seconds = [64], [256], 0.05
     return args

@@ -1,6 +1,7 @@
 """A vision tower on one rank of a row against the tower on all images of the row: patches, and seconds of forward and backward.
 
-    python scripts/bench/tower.py [--ranks 4] [--json docs/data/tower.json]
+    python scripts/bench/tower.py --json docs/data/tower.json
+    python scripts/bench/tower.py --tiny      # one small block: proves the script
 
 Qwen3-VL's tower with 3 blocks of 192, one CPU thread, rows of images of one size, of mixed sizes, and with one that is larger than
 all others together; best of three, the busiest rank counts. What ranks exchange afterwards is not in it.
@@ -67,12 +68,19 @@ def measure(tower: nn.Module, sizes: list[tuple[int, int]], ranks: int) -> dict[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=4)
+    parser.add_argument("--tiny", action="store_true", help="one small block: proves the script")
     parser.add_argument("--json", type=Path, help="write the figures there")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    depth, hidden = (1, 16) if arguments.tiny else (3, 192)
     config = Qwen3VLVisionConfig(
-        depth=3, hidden_size=192, intermediate_size=768, num_heads=4, out_hidden_size=256, deepstack_visual_indexes=[0, 1, 2]
+        depth=depth,
+        hidden_size=hidden,
+        intermediate_size=4 * hidden,
+        num_heads=4,
+        out_hidden_size=256,
+        deepstack_visual_indexes=[*range(depth)],
     )
     tower = Qwen3VLVisionModel._from_config(config, attn_implementation="sdpa")
     found = {name: measure(tower, sizes, arguments.ranks) for name, sizes in rows(seed=1).items()}

@@ -3,7 +3,7 @@
     python scripts/soak/kill.py --json kill.json     # 200 steps, SIGKILL of a random rank every 20 s of running: about 15 minutes
 
 Four CPU ranks (ulysses 2 x ring 2), ZeRO 2, AdamW, packed rows through ds_cp's loader, which shuffles, `ds_cp.save_checkpoint`
-every ten steps. Seconds of running count from a run's first step. When a rank is killed, the others must end by themselves; then
+every --save steps. Seconds of running count from a run's first step. When a rank is killed, the others must end by themselves; then
 all start again from the last whole checkpoint. Each rank writes every step's loss and rows; those of both runs are compared to
 the bit.
 """
@@ -22,12 +22,11 @@ from typing import Any
 
 import ranks as jobs
 
-EVERY = 10
 LENGTH = 1024
 SURVIVORS_S = 120
 
 
-def worker(folder: Path, steps: int) -> None:
+def worker(folder: Path, steps: int, save: int) -> None:
     import torch
 
     import ds_cp
@@ -67,7 +66,7 @@ def worker(folder: Path, steps: int) -> None:
             if len(losses) == 2:
                 print(json.dumps({"step": engine.global_steps, "losses": losses, "rows": rows}), file=out, flush=True)
                 losses, rows = [], []
-                if engine.global_steps % EVERY == 0:
+                if engine.global_steps % save == 0:
                     ds_cp.save_checkpoint(engine, folder, client_state={"loader": loader.state_dict()})
                 if engine.global_steps == steps:
                     break
@@ -83,18 +82,18 @@ def lines(folder: Path, rank: int) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.split("\n")[:-1] if line.endswith("}")]
 
 
-def run(folder: Path, steps: int, ranks: int, every_s: float | None) -> list[dict[str, Any]]:
-    """Until it ends with success; what was killed, and what came of it."""
+def run(folder: Path, job: list[str], ranks: int, every_s: float, most: int | None = None) -> list[dict[str, Any]]:
+    """Until it ends with success, after `most` kills if that is given; what was killed, and what came of it."""
     chance, kills = random.Random(0), []
     for _ in range(100):
         before = len(lines(folder, 0))
-        processes = jobs.start(Path(__file__), ["--worker", str(folder), "--steps", str(steps)], ranks, folder)
+        processes = jobs.start(Path(__file__), ["--worker", str(folder), *job], ranks, folder)
         begun = None
         while all(process.poll() is None for process in processes):
             time.sleep(0.1)
             if begun is None and len(lines(folder, 0)) > before:
                 begun = time.monotonic()
-            if every_s is None or begun is None or time.monotonic() - begun < every_s:
+            if len(kills) == most or begun is None or time.monotonic() - begun < every_s:
                 continue
             kills.append(kill(processes, chance.randrange(ranks), folder))
             break
@@ -140,20 +139,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--ranks", type=int, default=4)
-    parser.add_argument("--every", type=float, default=20.0)
+    parser.add_argument("--every", type=float, default=20.0, help="seconds of running before a kill (20)")
+    parser.add_argument("--kills", type=int, help="after so many it is left alone (none)")
+    parser.add_argument("--save", type=int, default=10, help="steps between checkpoints (10)")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        return worker(args.worker, args.steps)
+        return worker(args.worker, args.steps, args.save)
+    job = ["--steps", str(args.steps), "--save", str(args.save)]
     with tempfile.TemporaryDirectory() as folder:
         alone, killed = Path(folder, "alone"), Path(folder, "killed")
         alone.mkdir()
         killed.mkdir()
         start = time.monotonic()
-        kills = run(killed, args.steps, args.ranks, args.every)
+        kills = run(killed, job, args.ranks, args.every, args.kills)
         seconds = round(time.monotonic() - start)
-        run(alone, args.steps, args.ranks, None)
+        run(alone, job, args.ranks, args.every, most=0)
         compared, found = differences(alone, killed, args.ranks)
     result = {"steps": args.steps, "ranks": args.ranks, "seconds": seconds, "kills": kills, "lines_compared": compared}
     print(f"{len(kills)} kills, {compared} steps of ranks compared, {len(found)} differ", *found[:5], sep="\n")

@@ -20,7 +20,6 @@ from pathlib import Path
 import ranks as jobs
 
 SHORTEST, LONGEST = 100, 1000
-BAR = 0.02
 
 
 def documents(step: int) -> list[int]:
@@ -67,6 +66,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--ranks", type=int, default=4)
+    parser.add_argument("--bar", type=float, default=0.02, help="growth that is too much (0.02)")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -89,7 +89,7 @@ def main() -> None:
         result["ranks"].append(found)
     if args.json:
         args.json.write_text(json.dumps(result) + "\n")
-    sys.exit(any(abs(found[name]["growth"]) > BAR for found in result["ranks"] for name in ("rss", "files")))
+    sys.exit(any(abs(found[name]["growth"]) > args.bar for found in result["ranks"] for name in ("rss", "files")))
 
 
 if __name__ == "__main__":

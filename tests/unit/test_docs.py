@@ -18,7 +18,7 @@ import ds_cp
 from ds_cp import cli, config
 from tests.unit.docs_commands import HISTORY, PAGES, ROOT, Command, commands
 
-KNOWN = ("scripts/quickstart", "scripts/test", "sudo", "accelerate", "source", "python", "export")
+KNOWN = ("scripts/quickstart", "scripts/test", "sudo", "accelerate", "source", "python", "export", "torchrun")
 """Commands that other tests and CI start (tests/unit/test_commands.py); here only their files are looked for."""
 
 
