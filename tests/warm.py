@@ -2,9 +2,9 @@
 
     python -m tests.warm SOCKET     # the server; `Warm` starts it
 
-A child leaves the server's loop for the top of the interpreter and runs its module there as `python -m` does, with arguments, log
-and environment of its own. So it ends as any process does: excepthook, atexit, signals, exit code. What launchers start is not
-forked.
+A child leaves the server's loop for the top of the interpreter and runs its program there as `python -m module` or `python file.py`
+does, with arguments, log and environment of its own. So it ends as any process does: excepthook, atexit, signals, exit code. What
+launchers start is not forked.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from collections.abc import Mapping, Sequence
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
+
+from tests.ports import free_port
 
 ROOT = Path(__file__).parents[1]
 PRELOADED = "tests.dist.preloaded"
@@ -51,14 +53,18 @@ class Started:
 
 
 class Warm:
-    """The server's side of a test. `prefix` is a command that starts it somewhere else, on a host of `scripts/hosts`."""
+    """The server's side of a test.
 
-    def __init__(self, folder: Path, prefix: Sequence[str | Path] = ()) -> None:
+    `prefix` is a command that starts it somewhere else, on a host of `scripts/hosts`; `environment` is for what is read in imports.
+    """
+
+    def __init__(self, folder: Path, prefix: Sequence[str | Path] = (), environment: Mapping[str, str] | None = None) -> None:
         self._codes: dict[int, int] = {}
         address, log = folder / "socket", folder / "server.log"
         command = [*prefix, sys.executable, "-m", "tests.warm", address]
         with open(log, "w") as file:
-            self._process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
+            streams = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file}
+            self._process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **(environment or {})}, **streams)
         deadline = time.monotonic() + START_S
         while True:
             try:
@@ -69,14 +75,37 @@ class Warm:
                 assert time.monotonic() < deadline, log.read_text()[-3000:]
                 time.sleep(TURN_S)
 
-    def start(self, module: str, *arguments: object, log: Path, environment: Mapping[str, str]) -> Started:
+    def start(self, program: str | Path, *arguments: object, log: Path, environment: Mapping[str, str]) -> Started:
         log.touch()  # who reads it need not wait for the child
-        self._connection.send((module, [str(argument) for argument in arguments], str(log), dict(environment)))
+        self._connection.send((str(program), [str(argument) for argument in arguments], str(log), dict(environment)))
         while True:
             pid, code = self._connection.recv()
             if code is None:
                 return Started(self, pid)
             self._codes[pid] = code
+
+    def run(self, program: str | Path, *arguments: object, folder: Path, ranks: int = 0, timeout: float, **more: str) -> str:
+        """What the first of the ranks said, once all have ended without an error; ranks 0 is one process of no group.
+
+        Ranks get the variables that DeepSpeed's launcher gives them; where the launcher itself matters, start it.
+        """
+        shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        own = [{**shared, "RANK": str(i), "LOCAL_RANK": str(i), "LOCAL_WORLD_SIZE": str(ranks)} for i in range(ranks)] or [{}]
+        logs = [folder / f"rank{i}.log" for i in range(len(own))]
+        started = [
+            self.start(program, *arguments, log=log, environment={**variables, **more})
+            for log, variables in zip(logs, own, strict=True)
+        ]
+        deadline = time.monotonic() + timeout
+        try:
+            codes = [process.wait(deadline - time.monotonic()) for process in started]
+        finally:
+            for process in started:
+                if process.poll() is None:
+                    process.kill()
+        said = [log.read_text(errors="replace") for log in logs]
+        assert not any(codes), said[next(i for i, code in enumerate(codes) if code)][-6000:]
+        return said[0]
 
     def code(self, pid: int) -> int | None:
         while self._connection.poll():
@@ -116,14 +145,18 @@ def main(address: str) -> None:
     importlib.import_module(PRELOADED)
     with connection.Listener(address) as listener:
         here = listener.accept()
-    module, arguments, log, environment = serve(here)
+    program, arguments, log, environment = serve(here)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     for number in (1, 2):
         os.dup2(file, number)
     os.close(file)
     os.environ |= environment
     sys.argv[1:] = arguments
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    if program.endswith(".py"):
+        sys.argv[0], sys.path[0] = program, str(Path(program).parent)
+        runpy.run_path(program, run_name="__main__")
+    else:
+        runpy.run_module(program, run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":

@@ -116,6 +116,7 @@ def _work(rank: int, world: int, local_world: int, port: int, device: str, jobs:
 
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     torch.set_num_threads(1)
+    torch.set_printoptions(threshold=0, edgeitems=1)  # ZeRO 3 renders every parameter for a line that it does not print
     mp.set_start_method("fork", force=True)  # for loaders' workers, as in a process that a launcher starts
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     torch.utils.deterministic.fill_uninitialized_memory = True  # NaN in torch.empty, while the next line holds

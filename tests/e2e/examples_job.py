@@ -1,7 +1,7 @@
-"""Runs the example scripts one after another in the processes that a launcher has started, so that they start once.
+"""Runs the example scripts one after another in the same processes, so that these start once.
 
-    deepspeed ... tests/e2e/examples_job.py JOBS.json OUTPUT.json      # the sharded scripts
-    python tests/e2e/examples_job.py JOBS.json OUTPUT.json --upstream  # TRL's, in one process
+    python -m tests.e2e.examples_job JOBS.json OUTPUT.json             # the sharded scripts, in each rank
+    python -m tests.e2e.examples_job JOBS.json OUTPUT.json --upstream  # TRL's, in one process
 
 JOBS.json: name -> [script, arguments]. OUTPUT.json, of rank 0: name -> the Trainer's log history, or why it was refused.
 """
@@ -54,4 +54,4 @@ def main(jobs: str, output: str, *upstream: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*(argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")))
+    main(*sys.argv[1:])

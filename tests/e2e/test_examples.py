@@ -1,8 +1,8 @@
 """scripts/examples/ over shards against scripts/examples/upstream/ in one process, 20 steps: every loss and metric that TRL logs.
 
-The sharded scripts run one after another under DeepSpeed's launcher, so that ranks start once. Adapters are drawn at random, in
-another order under ZeRO-3, so scripts with them run at stages 1 and 2 (ZeRO-3 with adapters: tests/dist/test_peft.py), and without
-dropout, of which every rank draws its own tokens'.
+The sharded scripts run one after another in the same ranks; one of them is started by accelerate's launcher too. Adapters are drawn
+at random, in another order under ZeRO-3, so scripts with them run at stages 1 and 2 (ZeRO-3 with adapters:
+tests/dist/test_peft.py), and without dropout, of which every rank draws its own tokens'.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from transformers.models.qwen3 import Qwen3Config
 
 from scripts import train_data, train_plot
 from tests.ports import free_port
+from tests.warm import Warm
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "scripts" / "examples"
@@ -171,10 +172,6 @@ def flags(options: dict[str, Any]) -> list[str]:
     ]
 
 
-def launcher(ranks: int) -> list[str]:
-    return [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", str(ranks), "--master_port", str(free_port())]
-
-
 def run(command: list[str], folder: Path, **environment: str) -> str:
     done = subprocess.run(
         command,
@@ -198,7 +195,7 @@ def run(command: list[str], folder: Path, **environment: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, built: None) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("examples")
     save_model(folder / "model")
     write_data(folder)
@@ -206,7 +203,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, built: None) -> Path:
 
 
 @pytest.fixture(scope="module")
-def logs(folder: Path) -> dict[str, dict[str, Any]]:
+def logs(folder: Path, warm: Warm) -> dict[str, dict[str, Any]]:
     """Log histories: upstream or sharded -> run -> entries."""
     jobs: dict[str, dict[str, Any]] = {"upstream": {}, "sharded": {}}
     for name, (script, data, mesh, options) in RUNS.items():
@@ -222,9 +219,9 @@ def logs(folder: Path) -> dict[str, dict[str, Any]]:
         jobs["sharded"][name] = [script, flags({**common, "output_dir": folder / name, "deepspeed": config})]
     for kind, here in jobs.items():
         (folder / f"jobs_{kind}.json").write_text(json.dumps(here), encoding="utf-8")
-    job = str(ROOT / "tests" / "e2e" / "examples_job.py")
-    run([sys.executable, job, str(folder / "jobs_upstream.json"), str(folder / "logs_upstream.json"), "--upstream"], folder)
-    run([*launcher(2), job, str(folder / "jobs_sharded.json"), str(folder / "logs_sharded.json")], folder)
+    for kind, ranks, more in (("upstream", 0, ["--upstream"]), ("sharded", 2, [])):
+        files = (folder / f"jobs_{kind}.json", folder / f"logs_{kind}.json")
+        warm.run("tests.e2e.examples_job", *files, *more, folder=folder, ranks=ranks, timeout=TIMEOUT_S)
     return {kind: json.loads((folder / f"logs_{kind}.json").read_text(encoding="utf-8")) for kind in jobs}
 
 

@@ -1,9 +1,10 @@
-"""Wrong launches through the real launcher: one sentence, an exit code that is not 0, and no hang."""
+"""Wrong launches: one sentence, an exit code that is not 0, and no hang."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -13,8 +14,10 @@ from typing import Any
 import pytest
 
 from tests.ports import free_port
+from tests.warm import Warm
 
 ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "scripts" / "train.py"
 TIMEOUT_S = 240
 MODEL = (
     "--model_type",
@@ -24,46 +27,40 @@ MODEL = (
 )
 
 
-def launch(
-    tmp_path: Path, block: dict[str, Any], *arguments: str, launcher: bool = True, environment: dict[str, str] | None = None
-) -> tuple[int, str]:
-    """(exit code, output) of scripts/train.py on two CPU ranks, or of one process; a hang is a TimeoutExpired."""
+def arguments(tmp_path: Path, block: dict[str, Any], *more: str) -> list[str]:
+    """Of scripts/train.py."""
     config = tmp_path / "ds_config.json"
     sizes = dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"), "auto")
     config.write_text(json.dumps({"sequence_parallel": block, "zero_optimization": {"stage": 1}, **sizes}))
     text = tmp_path / "text.txt"
     text.write_text("some words to train on\n" * 200)
-    command = ["deepspeed", "--num_accelerators", "2", "--master_port", str(free_port())] if launcher else [sys.executable]
     files = ["--deepspeed", str(config), "--data", str(text), "--output_dir", str(tmp_path / "out")]
+    return [*MODEL, *files, "--max_steps", "1", "--save_strategy", "no", *more]
+
+
+def test_a_wrong_launch_ends_with_the_sentence(tmp_path: Path) -> None:
+    """Every other sentence about a block ends a launch in the same way; tests/dist/test_api.py has them, on every rank."""
+    launcher = ["deepspeed", "--num_accelerators", "2", "--master_port", str(free_port())]
     run = subprocess.run(
-        [*command, "scripts/train.py", *MODEL, *files, "--max_steps", "1", "--save_strategy", "no", *arguments],
+        [*launcher, SCRIPT, *arguments(tmp_path, {"size": 2, "ulysses": 2}, "--use_cpu")],
         cwd=ROOT,
-        env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **(environment or {})},
+        env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         timeout=TIMEOUT_S,
         check=False,
     )
-    return run.returncode, run.stdout
+    assert run.returncode != 0
+    assert "unknown key; did you mean 'ulysses_size'" in run.stdout, run.stdout[-3000:]
 
 
-REFUSED: dict[str, tuple[dict[str, Any], tuple[str, ...], str]] = {
-    "unknown key": ({"size": 2, "ulysses": 2}, ("--use_cpu",), "unknown key; did you mean 'ulysses_size'"),
-    "accelerate sees one rank": ({"size": 2}, (), "world size: the launcher started 2 ranks, accelerate sees 1"),
-}
-"""Every other sentence about a block ends a launch in the same way; tests/dist/test_api.py has them, on every rank."""
+def test_ranks_that_accelerate_does_not_see_are_refused(tmp_path: Path, warm: Warm) -> None:
+    with pytest.raises(AssertionError, match="world size: the launcher started 2 ranks, accelerate sees 1"):
+        warm.run(SCRIPT, *arguments(tmp_path, {"size": 2}), folder=tmp_path, ranks=2, timeout=TIMEOUT_S)
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_a_wrong_launch_ends_with_the_sentence(tmp_path: Path, case: str) -> None:
-    block, arguments, sentence = REFUSED[case]
-    code, output = launch(tmp_path, block, *arguments)
-    assert code != 0
-    assert sentence in output, output[-3000:]
-
-
-def test_a_lock_that_a_dead_build_left_is_named(tmp_path: Path) -> None:
+def test_a_lock_that_a_dead_build_left_is_named(tmp_path: Path, warm: Warm) -> None:
     folder = tmp_path / "extensions" / "deepspeed_shm_comm"
     folder.mkdir(parents=True)
     lock = folder / "lock"
@@ -72,9 +69,8 @@ def test_a_lock_that_a_dead_build_left_is_named(tmp_path: Path) -> None:
         os.utime(path, (time.time() - 3600,) * 2)
     alone = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     environment = {"TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions"), **alone}  # a rank finds it before it looks for others
-    code, output = launch(tmp_path, {"size": 2}, "--use_cpu", launcher=False, environment=environment)
-    assert code != 0
-    assert f"{lock} was left by a process that died while building" in output, output[-3000:]
+    with pytest.raises(AssertionError, match=re.escape(f"{lock} was left by a process that died while building")):
+        warm.run(SCRIPT, *arguments(tmp_path, {"size": 2}, "--use_cpu"), folder=tmp_path, timeout=TIMEOUT_S, **environment)
 
 
 def test_ranks_that_do_not_come_are_told_of_in_time() -> None:

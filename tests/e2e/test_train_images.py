@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from transformers import AutoModelForImageTextToText
 from ds_cp.batch import IGNORE
 from scripts import train_plot
 from tests.e2e import test_train_script as texts
+from tests.warm import Warm
 
 TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 VISION = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 32, "patch_size": 4}
@@ -38,12 +38,12 @@ def save_model(script: Any, folder: Path) -> Path:
     return folder
 
 
-def test_two_ranks_give_the_curve_of_one_process(script: Any, tmp_path: Path, built_extension: None) -> None:
+def test_two_ranks_give_the_curve_of_one_process(script: Any, tmp_path: Path, warm: Warm) -> None:
     model = save_model(script, tmp_path / "model")
     sizes = {"data": "shapes", "seq_length": 160, "max_rows": 12, "max_steps": STEPS, "save_strategy": "no"}
     sizes |= {"save_steps": 500, "eval_steps": STEPS}
-    texts.train([sys.executable], model, tmp_path / "one", **sizes)
-    texts.train(texts.launcher(), model, tmp_path / "two", deepspeed="ds_configs/ring.json", **sizes)
+    texts.forked(warm, 0, model, tmp_path / "one", **sizes)
+    texts.forked(warm, 2, model, tmp_path / "two", deepspeed="ds_configs/ring.json", **sizes)
     for key in ("loss", "eval_loss", "grad_norm"):
         one, two = (train_plot.curve(texts.metrics(tmp_path / name), key) for name in ("one", "two"))
         assert len(one) == (1 if key == "eval_loss" else STEPS)

@@ -5,8 +5,11 @@ python -m pytest tests/gpu/test_nccl.py
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,9 @@ import torch
 from tests.dist import jobs
 from tests.dist.pool import Pool, WorkerError
 from tests.dist.test_parity import assert_parity, packed
+from tests.faults import test_faults
 from tests.gpu import nccl_jobs
+from tests.warm import ROOT
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 MESHES = {"ulysses": (2, 1), "ring": (1, 2)}
@@ -132,12 +137,19 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("what", FAULTS)
-def test_a_fault_ends_the_other_rank_with_a_line(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tests.faults import test_faults
+class Cold:
+    """Starts a rank as `tests.warm.Warm` does, but not from a fork, which CUDA does not survive."""
 
-    monkeypatch.setenv("DS_ACCELERATOR", "cuda")
-    ended = test_faults.run(tmp_path / "run", what)
+    def start(self, program: str, *arguments: object, log: Path, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", program, *map(str, arguments)]
+        with open(log, "w") as file:
+            variables = {**os.environ, **environment, "DS_ACCELERATOR": "cuda"}
+            return subprocess.Popen(command, cwd=ROOT, env=variables, stdout=file, stderr=subprocess.STDOUT)
+
+
+@pytest.mark.parametrize("what", FAULTS)
+def test_a_fault_ends_the_other_rank_with_a_line(what: str, tmp_path: Path) -> None:
+    ended = test_faults.run(Cold(), tmp_path / "run", what)
     assert ended.codes[0] not in (0, None), ended.texts[0][-3000:]
     assert re.search(FAULTS[what], ended.texts[0]), ended.texts[0][-3000:]
     assert ended.seconds < test_faults.BOUND_S

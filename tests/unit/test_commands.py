@@ -104,7 +104,8 @@ RULES: dict[str, Here | Script | Run | Not] = {
         f"{HOSTS}::test_the_selftest_passes_over_a_hostfile", how="over two hosts of one rank"
     ),
     r"deepspeed .*scripts/train\.py .*--data shapes": Run(
-        "tests/e2e/test_train_images.py::test_two_ranks_give_the_curve_of_one_process", how="with sizes of its own"
+        "tests/e2e/test_train_images.py::test_two_ranks_give_the_curve_of_one_process",
+        how="with sizes of its own, ranks without the launcher",
     ),
     r"deepspeed .*--launcher openmpi scripts/train\.py": Run(
         f"{HOSTS}::test_every_launcher_gives_the_gradients_of_one_process", how="tests/hosts/parity_job.py as the program"
@@ -112,7 +113,9 @@ RULES: dict[str, Here | Script | Run | Not] = {
     r"deepspeed (--\w+ \S+ )*scripts/train\.py": Run(TRAIN, unlike=UNLIKE | CURVES, options=True),
     r"deepspeed train\.py --deepspeed ds_config\.json": Not("a program of the reader's"),
     r"deepspeed scripts/examples/sft\.py": Run(
-        "tests/e2e/test_examples.py::test_losses_and_metrics_are_those_of_upstream_in_one_process", options=True
+        "tests/e2e/test_examples.py::test_losses_and_metrics_are_those_of_upstream_in_one_process",
+        how="in ranks without the launcher; accelerate's starts it as it is",
+        options=True,
     ),
     r"accelerate launch .*scripts/examples/sft\.py": Run(
         "tests/e2e/test_examples.py::test_accelerate_launch_with_a_deepspeed_config", options=True
