@@ -10,6 +10,7 @@ and is killed with it.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import importlib
 import json
@@ -21,6 +22,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -142,7 +144,21 @@ def main(folder: Path) -> None:
     written.chmod(0o755)
     written.rename(program)
     asked = serve(listener)
-    run(*asked, python=str(program))
+    code = 1
+    try:
+        run(*asked, python=str(program))
+        code = 0
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        if isinstance(ended.code, str):
+            print(ended.code, file=sys.stderr)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # an interpreter's own end visits every object of the imports, and so copies them: half a second
 
 
 if __name__ == "__main__":

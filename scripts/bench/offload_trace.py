@@ -6,7 +6,7 @@
 Rank 7 of 8 under PyTorch's fake process group, as in one_rank.py: Llama-8B shapes, ZeRO 3, every layer checkpointed. With and
 without `activation_offload`, the median of --steps and one more under torch.profiler.
 
-    to_host_mib      layer inputs that a step sends to the host
+    to_host_mib      what a step sends to the host: layer inputs, and what else is kept in their shape
     copies_ms        time in which a copy to or from the host runs; covered: the share of it in which a kernel runs too
     exposed_ms       what the profiled step waits: copies with no kernel beside them
 """
@@ -132,7 +132,7 @@ def main() -> None:
             ring=1,
             world=8,
             rank=7,
-            local_tokens=256 if args.tiny else args.local_tokens,
+            local_tokens=64 if args.tiny else args.local_tokens,
             layers=args.layers,
             checkpointing=True,
             steps=args.steps,

@@ -22,11 +22,10 @@ from typing import Any
 
 import ranks as jobs
 
-LENGTH = 1024
 SURVIVORS_S = 120
 
 
-def worker(folder: Path, steps: int, save: int) -> None:
+def worker(folder: Path, steps: int, save: int, length: int) -> None:
     import torch
 
     import ds_cp
@@ -39,9 +38,9 @@ def worker(folder: Path, steps: int, save: int) -> None:
 
         def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
             generator = torch.Generator().manual_seed(index)
-            ids = torch.randint(1, 96, (LENGTH,), generator=generator)
+            ids = torch.randint(1, 96, (length,), generator=generator)
             ids[0] = index
-            bounds = [0, *sorted(torch.randint(1, LENGTH, (5,), generator=generator).tolist()), LENGTH]
+            bounds = [0, *sorted(torch.randint(1, length, (5,), generator=generator).tolist()), length]
             positions = torch.cat([torch.arange(end - start) for start, end in pairwise(bounds)])
             return {"input_ids": ids, "labels": ids.clone(), "position_ids": positions}
 
@@ -141,13 +140,14 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--every", type=float, default=20.0, help="seconds of running before a kill (20)")
     parser.add_argument("--kills", type=int, help="after so many it is left alone (none)")
+    parser.add_argument("--length", type=int, default=1024, help="tokens of a row (1024)")
     parser.add_argument("--save", type=int, default=10, help="steps between checkpoints (10)")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        return worker(args.worker, args.steps, args.save)
-    job = ["--steps", str(args.steps), "--save", str(args.save)]
+        return worker(args.worker, args.steps, args.save, args.length)
+    job = ["--steps", str(args.steps), "--save", str(args.save), "--length", str(args.length)]
     with tempfile.TemporaryDirectory() as folder:
         alone, killed = Path(folder, "alone"), Path(folder, "killed")
         alone.mkdir()

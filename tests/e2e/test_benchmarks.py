@@ -66,10 +66,11 @@ def test_the_loss_alone(run: Run) -> None:
 
 
 def test_a_step_with_and_without_offloaded_activations(run: Run) -> None:
-    rows = run("bench/offload_trace.py", "--tiny", "--layers", "1", "--steps", "1")["rows"]
-    assert [row["activation_offload"] for row in rows] == [False, True]
-    input_mib = 256 * 256 * 2 / 2**20  # tokens, hidden size, bf16
-    assert [row["to_host_mib"] for row in rows] == [0, input_mib]
+    plain, offloaded = run("bench/offload_trace.py", "--tiny", "--layers", "1", "--steps", "1")["rows"]
+    assert (plain["activation_offload"], offloaded["activation_offload"]) == (False, True)
+    input_mib = 64 * 256 * 2 / 2**20  # tokens, hidden size, bf16
+    assert plain["to_host_mib"] == 0
+    assert offloaded["to_host_mib"] == 3 * input_mib, "the layer's, and what the last norm and the head keep in the same shape"
 
 
 def test_real_ranks_of_two(run: Run) -> None:
@@ -83,42 +84,43 @@ def test_real_ranks_of_two(run: Run) -> None:
 
 
 def test_alst_and_ours(run: Run) -> None:
-    options = ["--contenders", "ALST", "ds_cp ring=2", "--only", "packed", "accumulation", "speed", "--quick"]
-    rows = run("bench/alst.py", *options, "--lengths", "256")["rows"]
-    errors = {(row["section"], row["zero"], row["contender"]): row["error"] for row in rows if row["section"] != "speed"}
-    assert len(errors) == 8
-    for (section, zero, contender), error in errors.items():
-        wrong = contender == "ALST"  # documents that see each other, means of means
-        assert error > 0.1 if wrong else error < 1e-5, (section, zero, contender)
-    speed = {row["contender"]: row for row in rows if row["section"] == "speed"}
-    assert list(speed) == ["one process", "ALST", "ds_cp ring=2"]
-    for row in speed.values():
-        assert len(row["all_seconds"]) == 3
-        assert row["peak_mib"] > 0
-        assert row["to_alst"] == pytest.approx(row["seconds"] / speed["ALST"]["seconds"])
+    options = ["--contenders", "ALST", "ds_cp ring=2", "--only", "packed", "speed", "--no-one-process", "--quick"]
+    rows = run("bench/alst.py", *options, "--lengths", "64")["rows"]
+    errors = {(row["zero"], row["contender"]): row["error"] for row in rows if row["section"] == "packed"}
+    assert len(errors) == 4
+    for (zero, contender), error in errors.items():
+        wrong = contender == "ALST"  # its documents see each other
+        assert error > 0.1 if wrong else error < 1e-5, (zero, contender)
+    alst, ours = (row for row in rows if row["section"] == "speed")
+    assert (alst["contender"], ours["contender"]) == ("ALST", "ds_cp ring=2")
+    assert ours["to_alst"] == pytest.approx(ours["seconds"] / alst["seconds"])
+    assert [len(row["all_seconds"]) for row in (alst, ours)] == [3, 3]
+    assert min(row["peak_mib"] for row in (alst, ours)) > 0
 
 
 @pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
 def test_a_step_over_a_shaped_link(run: Run) -> None:
-    contenders = ("ulysses 4", "ulysses 2 x ring 2, kept")
-    options = ["--rates", "1gbit", "--length", "1024", "--steps", "1", "--kv-heads", "2", "--contenders", *contenders]
-    exchange, kept = run("bench/link.py", *options)["rows"]
-    assert (exchange["contender"], kept["contender"]) == contenders
-    assert 0 < kept["sent_mb"] < exchange["sent_mb"]
+    options = ["--rates", "1gbit", "--length", "256", "--steps", "1", "--kv-heads", "2"]
+    (row,) = run("bench/link.py", *options, "--contenders", "ulysses 2 x ring 2, kept")["rows"]
+    assert (row["rate"], row["kv_heads"]) == ("1gbit", 2)
+    weights_mb = 4 * (2 * 1024 * 256 + 4 * (2 * 256 * 256 + 2 * 256 * 64 + 3 * 256 * 688)) / 1e6  # embedding, head, four layers
+    assert row["sent_mb"] > weights_mb, "under ZeRO 3 a host sends its half in forward and in backward"
 
 
 def test_a_run_with_a_killed_rank_ends_as_one_that_was_left_alone(run: Run) -> None:
-    found = run("soak/kill.py", "--ranks", "2", "--steps", "6", "--save", "2", "--every", "1", "--kills", "1")
+    steps = 6
+    options = ["--ranks", "2", "--steps", str(steps), "--save", "1", "--length", "64"]
+    found = run("soak/kill.py", *options, "--every", "0.5", "--kills", "1")
     (kill,) = found["kills"]
-    assert 0 < kill["after_step"] < 6
-    assert found["lines_compared"] >= 2 * 6
+    assert 0 < kill["after_step"] < steps
+    assert found["lines_compared"] >= 2 * steps
     assert found["different"] == []
 
 
 def test_files_and_memory_of_a_long_run_are_counted(run: Run) -> None:
-    ranks = run("soak/memory.py", "--ranks", "2", "--steps", "60", "--bar", "0.2")["ranks"]
+    ranks = run("soak/memory.py", "--ranks", "2", "--steps", "30", "--bar", "0.2")["ranks"]
     assert len(ranks) == 2
     for rank in ranks:
         assert rank["files"]["growth"] == 0
+        assert len(rank["rss"]["every_50th"]) == 1
         assert rank["rss"]["steps_200_to_400"] > 1e8
-        assert len(rank["rss"]["every_50th"]) == 2

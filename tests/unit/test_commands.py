@@ -181,7 +181,7 @@ RULES: dict[str, Here | Script | Run | Not] = {
     r"python scripts/bench/alst\.py": Run(f"{BENCH}::test_alst_and_ours", how="short rows"),
     r"sudo \.venv/bin/python scripts/bench/link\.py": Run(f"{BENCH}::test_a_step_over_a_shaped_link", how="a short row"),
     r"python scripts/soak/kill\.py": Run(f"{BENCH}::test_a_run_with_a_killed_rank_ends_as_one_that_was_left_alone", how="one kill"),
-    r"python scripts/soak/memory\.py": Run(f"{BENCH}::test_files_and_memory_of_a_long_run_are_counted", how="60 steps"),
+    r"python scripts/soak/memory\.py": Run(f"{BENCH}::test_files_and_memory_of_a_long_run_are_counted", how="30 steps"),
     r"python -m deepspeed\.checkpoint\.ds_to_universal": Run(
         "tests/dist/test_loader.py::test_another_number_of_ranks_goes_on_with_the_curve", how="its main(), with the same arguments"
     ),
