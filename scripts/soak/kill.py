@@ -3,9 +3,9 @@
     python scripts/soak/kill.py --json kill.json     # 200 steps, SIGKILL of a random rank every 20 s of running: about 15 minutes
 
 Four CPU ranks (ulysses 2 x ring 2), ZeRO 2, AdamW, packed rows through ds_cp's loader, which shuffles, `ds_cp.save_checkpoint`
-every --save steps. Seconds of running count from a run's first step. When a rank is killed, the others must end by themselves; then
-all start again from the last whole checkpoint. Each rank writes every step's loss and rows; those of both runs are compared to
-the bit.
+every --save steps. Seconds of running count from a run's first step, once there is a checkpoint. When a rank is killed, the others
+must end by themselves; then all start again from the last whole checkpoint. Each rank writes every step's loss and rows; those of
+both runs are compared to the bit.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def run(folder: Path, job: list[str], ranks: int, every_s: float, most: int | No
         begun = None
         while all(process.poll() is None for process in processes):
             time.sleep(0.1)
-            if begun is None and len(lines(folder, 0)) > before:
+            if begun is None and len(lines(folder, 0)) > before and (folder / "latest").exists():
                 begun = time.monotonic()
             if len(kills) == most or begun is None or time.monotonic() - begun < every_s:
                 continue

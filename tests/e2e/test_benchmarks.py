@@ -108,11 +108,12 @@ def test_a_step_over_a_shaped_link(run: Run) -> None:
 
 
 def test_a_run_with_a_killed_rank_ends_as_one_that_was_left_alone(run: Run) -> None:
-    steps = 6
+    steps = 12
     options = ["--ranks", "2", "--steps", str(steps), "--save", "1", "--length", "64"]
-    found = run("soak/kill.py", *options, "--every", "0.5", "--kills", "1")
+    found = run("soak/kill.py", *options, "--every", "0", "--kills", "1")
     (kill,) = found["kills"]
     assert 0 < kill["after_step"] < steps
+    assert kill["goes_on_from"].startswith("global_step")
     assert found["lines_compared"] >= 2 * steps
     assert found["different"] == []
 
