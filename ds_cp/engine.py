@@ -85,11 +85,22 @@ def initialize(
     assert handle.watch is not None
     assert handle.meter is not None
     handle.watch.follow(engine, "global_steps")
+    handle.before_backward = lambda: _refuse_plain_backward(engine)
     meter.report_to_monitor(engine, handle.meter)
     loader = None
     if training_data is not None:
         loader = data_loader(engine, training_data, collate_fn, drop_last=ds_config.get("dataloader_drop_last") is True)
     return engine, optimizer, loader, scheduler
+
+
+def _refuse_plain_backward(engine: deepspeed.DeepSpeedEngine) -> None:
+    """DeepSpeed 0.19.8 divides the gradient of `loss.backward()` by the accumulation steps twice at ZeRO 1 and 2, once at 3."""
+    steps, stage = engine.gradient_accumulation_steps(), engine.zero_optimization_stage()
+    if steps > 1 and stage in (1, 2) and not getattr(engine, "_running_engine_backward", True):
+        raise ValueError(
+            f"loss.backward(): at ZeRO {int(stage)} with {steps} accumulation steps DeepSpeed {deepspeed.__version__} would make "
+            f"its gradient {steps} times too small; call engine.backward(loss)"
+        )
 
 
 def prepare(model: nn.Module | None, block: Config, ds_config: Mapping[str, Any]) -> tuple[Mesh, Methods]:
@@ -197,7 +208,7 @@ def unshard(x: Tensor) -> Tensor:
     sequence group must call it.
 
     Args:
-        x: `out.logits` of an attached model (it carries the micro-batch's context).
+        x: `out.logits`, or one of `out.hidden_states`, of an attached model (it carries the micro-batch's context).
     """
     if x is None:
         raise ValueError(
@@ -206,7 +217,7 @@ def unshard(x: Tensor) -> Tensor:
         )
     context = getattr(x, attach.CONTEXT, None)
     if context is None:
-        raise ValueError("unshard: this tensor does not come from a ds_cp model; pass out.logits itself, not a copy or a slice")
+        raise ValueError("unshard: this is no output of a ds_cp model; pass out.logits or one of out.hidden_states itself, no copy")
     return batches.unshard(comm.all_gather(x, context.mesh.seq.group), context)
 
 

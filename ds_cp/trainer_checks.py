@@ -36,6 +36,10 @@ def refuse(trainer: Trainer, replicas: int, eval_workers: int) -> None:
             args.train_sampling_strategy == "batch_rebalance",
             "take random, sequential or group_by_length: it hands out rows by global rank",
         ),
+        "predict_with_generate": (
+            getattr(args, "predict_with_generate", False),
+            "set it to False, and generate inside `with ds_cp.disabled(trainer.model):`",
+        ),
         "eval_use_gather_object": (args.eval_use_gather_object, "set it to False: only tensors are gathered from whole rows"),
     }
     for name, (given, advice) in refused.items():

@@ -62,6 +62,8 @@ class Rows(Host):
     def begin_trl(self) -> None:
         """With the model attached: what TRL will read of it, and the models and numbers beside it."""
         assert self.cp_trl is not None
+        assert self.cp_mesh is not None
+        _refuse_selective(self.args, self.cp_mesh)
         asked = SCORES[self.cp_trl]
         asked = TokenValues(asked.entropies, getattr(self, "temperature", 1.0), asked.extras)
         handle = attach.handle_of(self.model)
@@ -70,7 +72,6 @@ class Rows(Host):
         if getattr(self, "ref_model", None) is not None:
             _attach_reference(self.ref_model, handle, TokenValues(temperature=asked.temperature))
         if self.cp_trl == "GRPOTrainer":
-            assert self.cp_mesh is not None
             _share_generations(self.args, self.num_generations, self.num_generations_eval, self.cp_mesh)
 
     @contextmanager
@@ -168,6 +169,15 @@ def refuse(trainer: Any, kind: str, block: Config) -> None:
     for name, advice in REFUSED.items():
         if given.get(name):
             raise ValueError(f"{name}: not in this version of ds_cp with {kind} under sequence parallelism; {advice}")
+
+
+def _refuse_selective(args: Any, mesh: Mesh) -> None:
+    """TRL's checkpointing that keeps what attention kernels give: a ring merges into that, and would merge into it again."""
+    if mesh.ring.size > 1 and (args.gradient_checkpointing_kwargs or {}).get("selective"):
+        raise ValueError(
+            f"gradient_checkpointing_kwargs.selective: not in this version of ds_cp with a ring (ring_size {mesh.ring.size}); "
+            "leave it out, or set sequence_parallel.ulysses_size to size"
+        )
 
 
 def _dotted(version: tuple[int, ...]) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -30,7 +30,7 @@ from ds_cp.kernels.attention import Score
 from ds_cp.late import Late
 from ds_cp.loss import LOCAL, CausalLMLoss
 from ds_cp.mesh import Mesh
-from ds_cp.models import counted, dropout, family_of, indexer, lm_head, mlp, routers, scored, vision
+from ds_cp.models import calls, counted, dropout, family_of, indexer, lm_head, mlp, routers, scored, vision
 from ds_cp.models.checks import token_mixers, window_of
 from ds_cp.models.relay import relays
 from ds_cp.models.same_row import SameRow, check_plan
@@ -92,6 +92,8 @@ class Handle:
     profile: Profile | None = None
     token_values: TokenValues | None = None
     """What a call for the scores of tokens gives (`scored`), for whoever makes such calls."""
+    before_backward: Callable[[], None] | None = None
+    """Raises where the backward that begins would be wrong."""
     _undo: list[Any] | None = None
     _checked: bool = False
     _scored: scored.Call | None = None
@@ -195,8 +197,8 @@ class Handle:
         self._enter("forward")
         self.check_finite()
         given = {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
-        _refuse_keywords(given)
-        _refuse_changes(self.model)
+        calls.refuse_keywords(given)
+        calls.refuse_changes(self.model, IMPLEMENTATION)
         device = next(module.parameters()).device
         self._scored = scored.begin(given, self.token_values)
         keep = self._keeps()
@@ -273,9 +275,9 @@ class Handle:
         output = self._routers.end(self._head.end(output, context), context)
         if self._scored is not None:
             output = self._end_scored(output, context)
-        logits = getattr(output, "logits", None)
-        if isinstance(logits, Tensor):
-            setattr(logits, CONTEXT, context)
+        for x in (getattr(output, "logits", None), *(getattr(output, "hidden_states", None) or ())):
+            if isinstance(x, Tensor):
+                setattr(x, CONTEXT, context)
         self._enter("after the forward" if torch.is_grad_enabled() else "evaluation")
         shown = getattr(output, "loss", None)
         if isinstance(shown, Tensor):
@@ -295,9 +297,14 @@ class Handle:
         """Notes when backward comes to what this pass has computed, and its loss for `check_finite`."""
         if not computed.requires_grad:
             return
-        computed.register_hook(lambda grad: self._enter("backward"))
+        computed.register_hook(self._begin_backward)
         if self.model.dtype != torch.float16:
             self._loss = Late(torch.isfinite(loss)), loss, own
+
+    def _begin_backward(self, _: Tensor) -> None:
+        self._enter("backward")
+        if self.before_backward is not None:
+            self.before_backward()
 
     def _enter(self, phase: str) -> None:
         if self.watch is not None:
@@ -374,22 +381,3 @@ def find(model: nn.Module) -> PreTrainedModel | nn.Module:
 def handle_of(model: nn.Module) -> Handle | None:
     """The handle of an attached model, also through an engine or a wrapper."""
     return next((getattr(m, HANDLE) for m in model.modules() if HANDLE in m.__dict__), None)
-
-
-def _refuse_changes(model: PreTrainedModel) -> None:
-    """What was done to an attached model since, under which a shard would be taken for the row."""
-    found = model.config.get_text_config()._attn_implementation
-    if found != IMPLEMENTATION:
-        raise ValueError(f"model: its attention was set to {found} under ds_cp; do that inside `with ds_cp.disabled(engine):` only")
-    if model._compiled_call_impl is not None:
-        raise ValueError("torch.compile: the model was compiled under ds_cp, which is not in this version; leave that out")
-
-
-def _refuse_keywords(given: dict[str, Any]) -> None:
-    if given.get("past_key_values") is not None or given.get("use_cache"):
-        raise ValueError("batch: decoding with a cache is not sharded; generate inside `with ds_cp.disabled(engine):`")
-    if given.get("output_attentions"):
-        raise ValueError("batch: output_attentions is not available: the scores of a row are never in one place")
-    keep = given.get("logits_to_keep", 0)
-    if isinstance(keep, Tensor) or keep:
-        raise ValueError("batch: logits_to_keep would count from the end of a shard; leave it out")

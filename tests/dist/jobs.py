@@ -188,16 +188,24 @@ def row_of(batch: dict[str, Any]) -> int:
     return int(batch["input_ids"][0, 0]) if bool((batch["labels"] != IGNORE).any()) else -1
 
 
+def plain_backward(block: dict[str, Any], stage: int) -> None:
+    engine, _ = started(block, accumulation=2, stage=stage)
+    engine(**rows(1, 20)[0]).loss.backward()
+    selftest.finish(engine)
+
+
 def unsharded_logits(block: dict[str, Any], batch: dict[str, Any]) -> tuple[float, float, int]:
     """Relative errors of the whole rows' logits and of one parameter's gradient through them; local length."""
     kept = batch["attention_mask"].bool()
     weight = torch.randn(*kept.shape, 96, generator=torch.Generator().manual_seed(5))
     alone = selftest.tiny_model("llama")
-    wanted = alone(**batch).logits
+    out = alone(**batch, output_hidden_states=True)
+    wanted, hidden = out.logits, out.hidden_states[-1]
     (wanted * weight)[kept].sum().backward()
     engine, _ = started(block)
-    local = engine(**batch).logits
-    whole = ds_cp.unshard(local)
+    out = engine(**batch, output_hidden_states=True)
+    local, whole = out.logits, ds_cp.unshard(out.logits)
+    torch.testing.assert_close(ds_cp.unshard(out.hidden_states[-1])[kept], hidden[kept], rtol=1e-5, atol=1e-5)
     (whole * weight)[kept].sum().backward()
     name = "model.layers.0.self_attn.k_proj.weight"
     gradient = dict(engine.module.named_parameters())[name].grad

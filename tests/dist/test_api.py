@@ -37,6 +37,13 @@ def test_unshard_gives_whole_rows_in_the_users_order(pool, side: str, mesh: tupl
         assert local < 3 * 40, "a shard is shorter than the rows"
 
 
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_backward_that_deepspeed_gets_wrong_is_refused(pool, stage: int) -> None:
+    message = refused(pool(2), jobs.plain_backward, block=block(1, 2), stage=stage)
+    assert f"loss.backward(): at ZeRO {stage} with 2 accumulation steps" in message
+    pool(2).run(jobs.plain_backward, block=block(1, 2), stage=3)
+
+
 def test_disabled_runs_the_model_as_transformers_wrote_it(pool) -> None:
     for same, generated in pool(2).run(jobs.disabled_outputs, block=block(2, 1)):
         assert same

@@ -188,6 +188,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "NEFTune": ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha: not in this version"),
     "any order": ({"dataloader_in_order": False, "dataloader_num_workers": 2}, "dataloader_in_order: not in this version"),
     "balanced batches": ({"train_sampling_strategy": "batch_rebalance"}, "train_sampling_strategy: batch_rebalance: not in this"),
+    "Seq2SeqTrainer's": ({"predict_with_generate": True}, "predict_with_generate: not in this version"),
     "objects of an evaluation": ({"eval_use_gather_object": True}, "eval_use_gather_object: not in this version"),
 }
 

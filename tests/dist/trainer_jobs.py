@@ -9,8 +9,8 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
+from transformers import Seq2SeqTrainingArguments, TrainingArguments
 from transformers import Trainer as HfTrainer
-from transformers import TrainingArguments
 
 import ds_cp
 from ds_cp import mesh, selftest
@@ -97,7 +97,7 @@ def train(
     more = {**(trainer or {}), **({"compute_metrics": whole_row_metrics} if metrics else {})}
     built = kind(
         model=selftest.tiny_model(model[0], **model[1]),
-        args=TrainingArguments(**settings),
+        args=(Seq2SeqTrainingArguments if "predict_with_generate" in settings else TrainingArguments)(**settings),
         train_dataset=data or Rows(16),
         eval_dataset=evaluation or Rows(5),
         **more,

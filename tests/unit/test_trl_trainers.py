@@ -45,3 +45,11 @@ def test_an_evaluation_that_does_not_fit_is_refused(tmp_path: Path, rows: int, e
     args.eval_strategy = "steps"
     with pytest.raises(ValueError, match=f"per_device_eval_batch_size: {rows} rows .* num_generations_eval = {evaluated} must"):
         trl_trainers._share_generations(args, 4, evaluated, shared_by(2))
+
+
+def test_selective_checkpointing_is_refused_over_a_ring(tmp_path: Path) -> None:
+    args = grpo(tmp_path, gradient_checkpointing=True, gradient_checkpointing_kwargs={"selective": True})
+    with pytest.raises(ValueError, match=r"gradient_checkpointing_kwargs.selective: .* with a ring \(ring_size 2\)"):
+        trl_trainers._refuse_selective(args, shared_by(2))
+    trl_trainers._refuse_selective(args, shared_by(1))
+    trl_trainers._refuse_selective(grpo(tmp_path), shared_by(2))
