@@ -225,8 +225,9 @@ class TrainerMixin(trl_trainers.Rows, Reliable):
         state, mesh = self.accelerator.gradient_state, self.cp_mesh
         assert mesh is not None
         remainder = state.remainder if state.end_of_dataloader else -1
-        # HF repeats a loss by the batch size of the arguments, also that of a shorter batch; TRL's batch may be one packed row.
-        if mesh.data.size == 1 and self.cp_trl is None:
+        # HF repeats a loss by the batch size of the arguments, also that of a stream's last and shorter batch. Rows of other
+        # batches are no measure: a collator may have joined them.
+        if mesh.data.size == 1 and self.cp_trl is None and state.end_of_dataloader and remainder < 0:
             remainder = self._cp_rows
 
         def once(x: Tensor) -> Tensor:

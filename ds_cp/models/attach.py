@@ -279,9 +279,11 @@ class Handle:
             if isinstance(x, Tensor):
                 setattr(x, CONTEXT, context)
         self._enter("after the forward" if torch.is_grad_enabled() else "evaluation")
-        shown = getattr(output, "loss", None)
+        shown, logits = getattr(output, "loss", None), getattr(output, "logits", None)
         if isinstance(shown, Tensor):
             self._follow(shown, shown.detach(), self._local)
+        elif isinstance(logits, Tensor) and logits.requires_grad:
+            logits.register_hook(self._begin_backward)
         return output
 
     def _end_scored(self, given: Any, context: SequenceContext) -> scored.TokenOutput:

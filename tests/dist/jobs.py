@@ -188,9 +188,13 @@ def row_of(batch: dict[str, Any]) -> int:
     return int(batch["input_ids"][0, 0]) if bool((batch["labels"] != IGNORE).any()) else -1
 
 
-def plain_backward(block: dict[str, Any], stage: int) -> None:
+def plain_backward(block: dict[str, Any], stage: int, labels: bool = True) -> None:
     engine, _ = started(block, accumulation=2, stage=stage)
-    engine(**rows(1, 20)[0]).loss.backward()
+    batch = rows(1, 20)[0]
+    if labels:
+        engine(**batch).loss.backward()
+    else:
+        ds_cp.token_logprobs(engine, input_ids=batch["input_ids"]).sum().backward()
     selftest.finish(engine)
 
 

@@ -37,9 +37,9 @@ def test_unshard_gives_whole_rows_in_the_users_order(pool, side: str, mesh: tupl
         assert local < 3 * 40, "a shard is shorter than the rows"
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-def test_a_backward_that_deepspeed_gets_wrong_is_refused(pool, stage: int) -> None:
-    message = refused(pool(2), jobs.plain_backward, block=block(1, 2), stage=stage)
+@pytest.mark.parametrize(("stage", "labels"), [(1, True), (2, False)])
+def test_a_backward_that_deepspeed_gets_wrong_is_refused(pool, stage: int, labels: bool) -> None:
+    message = refused(pool(2), jobs.plain_backward, block=block(1, 2), stage=stage, labels=labels)
     assert f"loss.backward(): at ZeRO {stage} with 2 accumulation steps" in message
     pool(2).run(jobs.plain_backward, block=block(1, 2), stage=3)
 

@@ -127,6 +127,12 @@ def test_evaluation_with_replicas_and_an_uneven_last_batch(pool, tmp_path: Path)
     assert losses(got, "eval_rows") == [5], "five rows over two replicas, none twice"
 
 
+def test_rows_that_a_collator_has_joined_count_as_rows_in_an_evaluation(pool, tmp_path: Path) -> None:
+    settings = {"eval_strategy": "steps", "eval_steps": 2, "max_steps": 2, "trainer": {"data_collator": trainer_jobs.flattened}}
+    wanted = run(pool, 1, tmp_path, block=None, stage=None, **settings)
+    assert_same_run(run(pool, 2, tmp_path, block=block(1, 2), **settings), wanted)
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_the_trainer_goes_on_with_another_size_and_layout(pool, tmp_path: Path, stage: int) -> None:
     whole = run(pool, 4, tmp_path, block=block(2, 2), stage=stage, save_strategy="steps", save_steps=2)

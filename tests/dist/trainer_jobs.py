@@ -40,6 +40,14 @@ class Drawn(Rows):
         return {**row, "input_ids": torch.cat((row["input_ids"][:12], torch.randint(3, 96, (12,))))}
 
 
+def flattened(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Rows as documents of one row."""
+    labels = [torch.cat((torch.tensor([-100]), row["labels"][1:])) for row in rows]
+    positions = [torch.arange(len(row["input_ids"])) for row in rows]
+    whole = {"input_ids": [row["input_ids"] for row in rows], "labels": labels, "position_ids": positions}
+    return {key: torch.cat(parts).unsqueeze(0) for key, parts in whole.items()}
+
+
 class OwnLoaders(ds_cp.Trainer):
     """Loaders of the user's own, prepared by accelerate."""
 
