@@ -95,6 +95,7 @@ class Door:
         if self._grad and not torch.is_grad_enabled():
             raise ValueError(
                 f"model: {KEY} is set under reentrant gradient checkpointing, where the balance loss would have no gradient; use "
-                'gradient_checkpointing_kwargs={"use_reentrant": False}'
+                'gradient_checkpointing_kwargs={"use_reentrant": False}, or where TRL sets it (adapters under ZeRO-3) ZeRO 1 or 2, '
+                "or router_aux_loss_coef=0"
             )
         self._logits.append(output[0].flatten(0, -2))
