@@ -38,7 +38,10 @@ def prove(source: str | os.PathLike[str], name: str, say: Say) -> None:
     Raises:
         ValueError: on every rank: the sentence to act on.
     """
-    ds_config, block = launch.read(source, MEET_S)
+    written, block = launch.read(source, MEET_S)
+    ds_config = with_precision(written, _on_cuda())
+    if ds_config != written:
+        say("precision", f'"auto" in the config, tried as with {"--bf16" if _on_cuda() else "none of --bf16 and --fp16"}')
     ranks = preflight.launched()
     if block.size == 1 or ranks == 1:
         raise ValueError(
@@ -67,8 +70,7 @@ def parity(model: PreTrainedModel, block: Config, mesh: Mesh, ds_config: dict[st
     """
     small = preflight.together(lambda: _twin(model))
     settings = block.model_dump(include={"layout", "ring_impl", "ring_keep", "linear_attention", "comm_timeout_s", "loss_chunk"})
-    on_cuda = get_accelerator().device_name() == "cuda"
-    kernels = {"attention_kernel": "reference", "delta_kernel": "reference"} if on_cuda else {}
+    kernels = {"attention_kernel": "reference", "delta_kernel": "reference"} if _on_cuda() else {}
     stage = int((ds_config.get("zero_optimization") or {}).get("stage", 0))
     with contextlib.redirect_stdout(io.StringIO()):  # the twin's own table
         report = selftest.tried(small, {**settings, **kernels, **_degrees(small, mesh.topology)}, stage)
@@ -79,6 +81,16 @@ def parity(model: PreTrainedModel, block: Config, mesh: Mesh, ds_config: dict[st
     )
     preflight.refuse_together(None if max(error, report.loss_error) <= selftest.BAR else reason)
     return report
+
+
+def with_precision(ds_config: dict[str, Any], on_cuda: bool) -> dict[str, Any]:
+    """The config with what the HF Trainer would fill in for "auto" of bf16 and fp16: with --bf16 on CUDA, else without."""
+    automatic = [key for key in ("bf16", "bfloat16", "fp16") if (ds_config.get(key) or {}).get("enabled") == "auto"]
+    return ds_config | {key: {**ds_config[key], "enabled": on_cuda and key != "fp16"} for key in automatic}
+
+
+def _on_cuda() -> bool:
+    return get_accelerator().device_name() == "cuda"
 
 
 def _twin(model: PreTrainedModel) -> PreTrainedModel:

@@ -148,9 +148,10 @@ def sharded(
         items: `num_items_in_batch`, given to every micro-batch.
 
     Returns:
-        The mean over replicas of the mean (for token_mean: sum) over micro-batches of the loss shown, and (old - new) / LR.
+        The mean over replicas of the mean (for token_mean: sum) over micro-batches of the loss shown, and (old - new) / LR, on the
+        CPU.
     """
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    before = {name: p.detach().cpu().clone() for name, p in model.named_parameters()}
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
     engine, *_ = engines.initialize(model=model, optimizer=optimizer, config=config)
     mine = replica_batches[engines.data_parallel_rank(engine)]
@@ -175,7 +176,7 @@ def compare(loss: float, gradients: dict[str, Tensor], wanted_loss: float, wante
     errors = {}
     for name, reference_gradient in wanted.items():
         largest = float(reference_gradient.abs().max())
-        difference = float((gradients[name].double() - reference_gradient.double()).abs().max())
+        difference = float((gradients[name].cpu().double() - reference_gradient.cpu().double()).abs().max())
         errors[name] = difference / largest if largest else (0.0 if difference == 0 else float("inf"))
     return Report(loss=loss, reference_loss=wanted_loss, errors=errors)
 

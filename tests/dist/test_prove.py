@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from ds_cp.cli import app
+from ds_cp.prove import with_precision
 from tests.dist import prove_jobs
 from tests.dist.pool import WorkerError
 
@@ -42,6 +43,14 @@ def test_another_version_on_one_host_is_a_sentence_on_every_rank(pool, package: 
     for code, said in pool(2).run(prove_jobs.in_the_shell, block={"size": 2}, another=package):
         assert code == 1
         assert re.search(wanted, said), said
+
+
+@pytest.mark.parametrize("on_cuda", [True, False])
+def test_auto_of_a_precision_is_tried_as_the_trainer_would_fill_it_in(on_cuda: bool) -> None:
+    written = {"bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto", "initial_scale_power": 8}, "sequence_parallel": {"size": 2}}
+    tried = with_precision(written, on_cuda)
+    assert tried == written | {"bf16": {"enabled": on_cuda}, "fp16": {"enabled": False, "initial_scale_power": 8}}
+    assert with_precision(tried, not on_cuda) == tried
 
 
 def test_without_a_launcher_it_says_how_to_start(tmp_path: Path) -> None:
