@@ -5,7 +5,7 @@ F inner width of the MLP):
 
     loss       the last norm's 4D, whole logits at 12 bytes an entry; or in tiles: the head's gradient in fp32, two tiles, D
     mlp        norms 8D, q, k, v, out before and after the all-to-all, 3F kept and 3F of gradients, the gradient of the output D
-    DeltaNet   the same of such a layer, by what its kernels were seen to hold
+    DeltaNet   the same of such a layer, by what one was seen to hold
     attention  the first norm's 4D, q, k, v, out, their gradients, the kernel's fp32 sums; a ring's blocks and sums in flight
     optimizer  temporaries of AdamW over at most DeepSpeed's sub_group_size parameters
 
@@ -28,8 +28,9 @@ TILE_BYTES = 256 * 2**20
 OFFLOADED_ON_DEVICE = 2
 DQ_WAITING = 4
 """Of a ring's steps, before they are summed, by kernels that do not sum themselves (`ds_cp.kernels.sums`)."""
-DELTA_WIDTHS = 16.2
-"""What fla's kernels held at most, forward and backward, over the value heads' width in bf16 (one rank of 8, H200)."""
+DELTA_WIDTHS = 37.0
+"""What such a layer holds in backward over the value heads' width in bf16: fitted to the peak of a Qwen3.5 on two H200s, 65,536
+tokens each, of whose first step autotuning is a part. fla's kernels alone were seen to hold 16.2 (one rank of 8)."""
 
 
 @dataclass(frozen=True)

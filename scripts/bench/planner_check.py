@@ -15,7 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from planner_points import DATA, LLAMA_8B, MEMORY_BAR, MIB, TIME_BAR, TRAFFIC_BAR, Point, describe, device, llama, read
+from planner_points import DATA, LLAMA_8B, MEMORY_BAR, MIB, TIME_BAR, TRAFFIC_BAR, Point, describe, device, llama, read, shape_of
+from transformers import CONFIG_MAPPING
 
 from ds_cp.planner import machine as machines
 from ds_cp.planner import memory, search, times, traffic
@@ -24,7 +25,9 @@ from ds_cp.planner.machine import GIB, Link, Machine
 from ds_cp.planner.shape import Linear, Shape
 from ds_cp.topology import Topology
 
-REFERENCE_DELTA = "a CPU runs the reference DeltaNet kernel, in fp32; a GPU's takes other memory, of which no step was measured"
+REFERENCE_DELTA = "a CPU runs the reference DeltaNet kernel, in fp32; a GPU's takes other memory"
+FITTED = "what such a layer holds was fitted to this peak"
+TRAINER, BYTES = "h200_trainer.json", 258
 MARK = "<!-- what follows is written by scripts/bench/planner_check.py -->"
 
 
@@ -36,6 +39,7 @@ def memory_points() -> Iterator[Point]:
     yield from _one_rank_memory()
     yield from _longest()
     yield from _real_ranks_memory()
+    yield from _trainer_memory()
 
 
 def _counted() -> Iterator[Point]:
@@ -56,16 +60,10 @@ def _counted() -> Iterator[Point]:
 
 
 def counted_shape(row: dict[str, Any]) -> Shape:
-    """As `ds-cp plan` reads it, from the model without weights."""
     import planner_memory
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from ds_cp.planner import read as reading
 
     case = planner_memory.Case(**{key: row[key] for key in planner_memory.Case.__dataclass_fields__ if key in row})
-    with torch.device("meta"):
-        return reading.of(AutoModelForCausalLM.from_config(planner_memory.make_config(case)), row["model_type"])
+    return shape_of(planner_memory.make_config(case))
 
 
 def counted_choice(row: dict[str, Any]) -> Choice:
@@ -162,6 +160,26 @@ def _real_ranks_memory() -> Iterator[Point]:
         yield Point("memory, one GPU", name, what, found.peak / GIB, row["peak_gib"], "GiB", MEMORY_BAR)
 
 
+def _trainer_memory() -> Iterator[Point]:
+    for row, shape, choice in _trained():
+        beyond = FITTED if shape.linear else ""
+        peak = memory.of(shape, choice, row["tokens"] // choice.degrees.size).peak / GIB
+        yield Point("memory, one GPU", TRAINER, _of_trainer(row, choice), peak, row["peak_gib"], "GiB", MEMORY_BAR, beyond)
+
+
+def _trained() -> Iterator[tuple[dict[str, Any], Shape, Choice]]:
+    """Runs of the HF Trainer over two GPUs. The peak of a packed row is that of a whole one, its time is not."""
+    for row in read(TRAINER)["rows"]:
+        if row["name"] != "packed":
+            config = CONFIG_MAPPING[row["model_type"]](vocab_size=BYTES, **row["config_overrides"])
+            yield row, shape_of(config), Choice(Topology(row["ulysses"], row["ring"], 1), stage=3)
+
+
+def _of_trainer(row: dict[str, Any], choice: Choice) -> str:
+    layers = row["config_overrides"]["num_hidden_layers"]
+    return f"{row['model_type']}, {layers} layers, {row['tokens']:,} tokens, {describe(choice)}, HF Trainer"
+
+
 def _steps() -> Iterator[tuple[str, dict[str, Any]]]:
     for name in sorted(path.name for path in DATA.glob("h*_real_ranks*.json")):
         for row in _ours(read(name)["rows"]):
@@ -187,6 +205,7 @@ def time_points() -> Iterator[Point]:
     yield from _one_rank_time()
     yield from _offload_time()
     yield from _real_ranks_time()
+    yield from _trainer_time()
     yield from _longest_time()
     yield from _ring_time()
     yield from _loss_time()
@@ -227,6 +246,14 @@ def _real_ranks_time() -> Iterator[Point]:
         found = _times(shape, choice, device(row["device"], choice.degrees.size), row["local_tokens"])
         what = f"{row['local_tokens']:,} tokens, {describe(choice)}, over NVLink"
         yield Point("time, a whole step", name, what, found.seconds, row["seconds"], "s", TIME_BAR)
+
+
+def _trainer_time() -> Iterator[Point]:
+    for row, shape, choice in _trained():
+        where = device("NVIDIA H200", choice.degrees.size)
+        seconds = _times(shape, choice, where, row["tokens"] // choice.degrees.size).seconds
+        what = f"{_of_trainer(row, choice)}, over NVLink"
+        yield Point("time, a whole step", TRAINER, what, seconds, row["seconds"], "s", TIME_BAR)
 
 
 def _longest_time() -> Iterator[Point]:

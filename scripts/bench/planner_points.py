@@ -10,7 +10,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a plain checkout needs no installation
 
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
 from ds_cp.planner import machine as machines
+from ds_cp.planner import read as reading
 from ds_cp.planner.choice import Choice
 from ds_cp.planner.machine import Machine
 from ds_cp.planner.shape import Shape
@@ -64,6 +68,12 @@ def llama(hidden: int, inner: int, vocabulary: int, heads: int, kv_heads: int, s
         mixers=layers * mixers,
         matrix=max(hidden * inner, hidden * heads * size),
     )
+
+
+def shape_of(config: PretrainedConfig) -> Shape:
+    """As `ds-cp plan` reads it, from the model without weights."""
+    with torch.device("meta"):
+        return reading.of(AutoModelForCausalLM.from_config(config), config.model_type)
 
 
 def read(name: str) -> dict[str, Any]:

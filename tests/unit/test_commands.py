@@ -64,6 +64,7 @@ TRAIN = "tests/e2e/test_train_script.py::test_two_ranks_give_the_curve_of_one_pr
 SIZES = "sizes of a model that is drawn: TestModel of the same file"
 LENGTH = "how long and how fast it trains"
 UNLIKE = {"bf16": "CPU ranks have --use_cpu in its place", "hostfile": "tests/hosts starts over several hosts"}
+UNLIKE |= {"num_gpus": "--num_accelerators is the same of the launcher"}
 CURVES = dict.fromkeys(("lr_scheduler_type", "learning_rate", "warmup_steps", "save_strategy"), LENGTH)
 CURVES |= {
     "logging_steps": "how often it logs",
