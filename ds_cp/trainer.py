@@ -10,7 +10,7 @@ import time
 import weakref
 from collections.abc import Iterator, Mapping, Sized
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -60,7 +60,8 @@ class TrainerMixin(trl_trainers.Rows, Reliable):
         self.cp_trl = trl_trainers.trainer_of(self)
         own_workers = self.cp_trl == "GRPOTrainer"  # none for a stream to evaluate on
         workers = 0 if own_workers else self.args.dataloader_num_workers
-        trainer_checks.refuse(self, max(1, self.accelerator.num_processes // cast(int, block.size)), workers)
+        replicas = 1 if block.size == "auto" else max(1, self.accelerator.num_processes // block.size)
+        trainer_checks.refuse(self, replicas, workers)
         if self.cp_trl is not None:
             trl_trainers.refuse(self, self.cp_trl, block)
         mesh, methods = engine.prepare(self.model, block, ds_config)
