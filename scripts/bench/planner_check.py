@@ -27,7 +27,9 @@ from ds_cp.topology import Topology
 
 REFERENCE_DELTA = "a CPU runs the reference DeltaNet kernel, in fp32; a GPU's takes other memory"
 FITTED = "what such a layer holds was fitted to this peak"
-TRAINER, BYTES = "h200_trainer.json", 258
+TRAINER = "h200_trainer.json"
+BYTE_VOCABULARY = 258
+"""Of the tokenizer that scripts/train.py gives a model from scratch."""
 MARK = "<!-- what follows is written by scripts/bench/planner_check.py -->"
 
 
@@ -171,7 +173,7 @@ def _trained() -> Iterator[tuple[dict[str, Any], Shape, Choice]]:
     """Runs of the HF Trainer over two GPUs. The peak of a packed row is that of a whole one, its time is not."""
     for row in read(TRAINER)["rows"]:
         if row["name"] != "packed":
-            config = CONFIG_MAPPING[row["model_type"]](vocab_size=BYTES, **row["config_overrides"])
+            config = CONFIG_MAPPING[row["model_type"]](vocab_size=BYTE_VOCABULARY, **row["config_overrides"])
             yield row, shape_of(config), Choice(Topology(row["ulysses"], row["ring"], 1), stage=3)
 
 
